@@ -2,93 +2,70 @@
 
 For each chunk of rows: logits -> log-probabilities -> loss, and at once the gradients with respect to the hidden states and
 the head's weight, since everything needed for them is still in the cache. The backward pass then only scales them. Memory
-is one chunk of logits instead of N x V in three copies (peak 781 MB against 1420 MB at 2,048 x 8,192).
+is one chunk of logits instead of N x V in three copies.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-UNTRAINED = -100
-CHUNK_BYTES = 16 << 20  # fp32 logits held at once: larger chunks feed the matrix product, smaller ones stay in the cache
+from ownlm.tokens.batches import UNTRAINED
+
+CHUNK_BYTES = 16 << 20  # of fp32 logits at once: larger ones feed the matrix product, smaller ones stay in the cache
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight_VD: Tensor, targets: Tensor, *, bias_V: Tensor | None = None, z_loss: float = 0.0
-) -> Tensor:
-    """Sum over the trained tokens of -log softmax(hidden @ weight.T + bias)[target], in nats, as an fp32 scalar.
+def linear_cross_entropy(hidden: Tensor, weight_VD: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the trained tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
 
-    `hidden` is (..., D), `targets` (...) of int64; a target of -100 trains nothing and costs nothing. `z_loss` adds
-    z_loss * log(Z)^2 per token, which keeps the logits from drifting (PaLM, section 5). The sum, not the mean: the loop
-    divides by the tokens of the whole step, so that accumulation does not change the loss.
+    `hidden` is (..., D), `targets` (...) of int64; a target of -100 trains nothing and costs nothing. The sum, not the
+    mean: the loop divides by the tokens of the whole step, so that accumulation does not change the loss.
     """
-    rows = (targets != UNTRAINED).flatten()
     hidden_ND, targets_N = hidden.flatten(0, -2), targets.flatten()
-    if not bool(rows.all()):
-        hidden_ND, targets_N = hidden_ND[rows], targets_N[rows]
+    trained = targets_N != UNTRAINED
+    if not bool(trained.all()):
+        hidden_ND, targets_N = hidden_ND[trained], targets_N[trained]
     if not torch.is_grad_enabled():
-        return _forward(hidden_ND, weight_VD, targets_N, bias_V, z_loss, None)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, bias_V, z_loss)  # type: ignore[no-untyped-call]
+        return _forward(hidden_ND, weight_VD, targets_N, None)
+    loss: Tensor = LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _Gradients:
-    """Where the forward pass leaves what the backward pass hands out. The weight's are summed in fp32."""
+class LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are made in the forward pass; the weight's is summed over the chunks in fp32."""
 
-    def __init__(self, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
-        self.hidden_ND = torch.empty_like(hidden_ND)
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        self.bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.gradients = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        ctx.dtype = weight_VD.dtype
+        return _forward(hidden_ND, weight_VD, targets_N, ctx.gradients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_ND, weight_VD = ctx.gradients
+        return hidden_ND.mul_(scale), weight_VD.mul_(scale).to(ctx.dtype), None
 
 
 def _forward(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, z_loss: float, into: _Gradients | None
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, gradients: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The loss; and when `into` is given, d loss / d (hidden, weight, bias) written into it."""
+    """The loss; where `gradients` of (hidden, weight) are given, they are written too."""
     loss = hidden_ND.new_zeros((), dtype=torch.float32)
-    chunk = max(64, CHUNK_BYTES // (4 * len(weight_VD)))
-    for start in range(0, len(targets_N), chunk):
-        part, target = hidden_ND[start : start + chunk], targets_N[start : start + chunk]
-        logits = F.linear(part, weight_VD, bias_V)
-        logprobs = torch.log_softmax(logits, -1, dtype=torch.float32)
+    rows = max(64, CHUNK_BYTES // (4 * len(weight_VD)))
+    for start in range(0, len(targets_N), rows):
+        part, target = hidden_ND[start : start + rows], targets_N[start : start + rows]
+        logprobs = torch.log_softmax(F.linear(part, weight_VD), -1, dtype=torch.float32)
         loss += F.nll_loss(logprobs, target, reduction="sum")
-        log_z = None
-        if z_loss:
-            log_z = logits[:, :1].float() - logprobs[:, :1]
-            loss += z_loss * log_z.square().sum()
-        if into is None:
+        if gradients is None:
             continue
-        gradient = logprobs.exp_()  # softmax; minus one at the target is the whole derivative
-        if log_z is not None:
-            gradient *= 1 + 2 * z_loss * log_z
-        gradient.scatter_add_(1, target[:, None], gradient.new_full((len(target), 1), -1.0))
-        if into.bias_V is not None:
-            into.bias_V += gradient.sum(0)
-        gradient = gradient.to(part.dtype)
-        torch.mm(gradient, weight_VD, out=into.hidden_ND[start : start + chunk])
-        into.weight_VD += gradient.mT @ part
+        # Softmax, minus one at the target, is the derivative; in fp32, where 0.999 - 1 is not lost.
+        slope = logprobs.exp_().scatter_add_(1, target[:, None], logprobs.new_full((len(target), 1), -1.0))
+        slope = slope.to(part.dtype)
+        torch.mm(slope, weight_VD, out=gradients[0][start : start + rows])
+        gradients[1].add_(slope.mT @ part)
     return loss
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias_V: Tensor | None, z_loss: float
-    ) -> Tensor:
-        gradients = _Gradients(hidden_ND, weight_VD, bias_V)
-        loss = _forward(hidden_ND, weight_VD, targets_N, bias_V, z_loss, gradients)
-        ctx.gradients = gradients  # type: ignore[attr-defined]
-        ctx.dtype = weight_VD.dtype  # type: ignore[attr-defined]
-        return loss
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients: _Gradients = ctx.gradients  # type: ignore[attr-defined]
-        dtype: torch.dtype = ctx.dtype  # type: ignore[attr-defined]
-        bias_V = None if gradients.bias_V is None else gradients.bias_V.mul_(scale).to(dtype)
-        hidden_ND = gradients.hidden_ND.mul_(scale)
-        return hidden_ND, gradients.weight_VD.mul_(scale).to(dtype), None, bias_V, None

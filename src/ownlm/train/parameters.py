@@ -3,14 +3,13 @@
     flat:   | q_proj 0 | q_proj 1 | ... | up_proj 0 | up_proj 1 | ... | embed_tokens | lm_head | norms and biases |
     group:  |      (L, rows, cols)      |      (L, rows, cols)        |    adamw     |  adamw  |      adamw       |
 
-Matrices of equal shape lie side by side, so the stack that batched Muon wants is a view and costs no copy; the norm of the gradient,
-the cast to bf16 and AdamW are a few calls over long vectors instead of a few per tensor; and a saved state is a handful of tensors.
-When the model computes in bf16, its tensors are views of a bf16 copy of the weights, written once a step.
+Matrices of equal shape lie side by side, so the stack that batched Muon wants is a view and costs no copy; the norm of
+the gradient, the cast to bf16 and AdamW are a few calls over long vectors instead of a few per tensor; and a saved state
+is a handful of tensors. When the model computes in bf16, its tensors are views of a bf16 copy, written once a step.
 """
 
 from dataclasses import dataclass
 from itertools import groupby
-from math import prod
 from typing import Literal
 
 import torch
@@ -51,9 +50,11 @@ class Parameters:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # Sorted by shape within the matrices; the sort is stable, so that layers stay in order.
-        key = lambda name: (ORDER.index(role(name, named[name])), tuple(named[name].shape) if role(name, named[name]) == "matrix" else ())
-        self.names = tuple(sorted(named, key=key))
+
+        def key(name: str) -> tuple[int, tuple[int, ...]]:
+            kind = role(name, named[name])
+            return ORDER.index(kind), tuple(named[name].shape) if kind == "matrix" else ()
+
         device = next(iter(named.values())).device
         total = sum(p.numel() for p in named.values())
         self.master = torch.empty(total, dtype=torch.float32, device=device)
@@ -61,15 +62,18 @@ class Parameters:
         same = dtype == torch.float32
         self.compute = self.master if same else torch.empty_like(self.master, dtype=dtype)
         self.compute_gradient = self.gradient if same else torch.zeros_like(self.compute)
+        self.places: dict[str, tuple[int, int]] = {}
         groups: list[Group] = []
         start = 0
-        for (kind, shape), members in groupby(self.names, key):
+        # Sorting is stable: within a group the layers stay in order.
+        for (kind, shape), members in groupby(sorted(named, key=key), key):
             names = list(members)
             sizes = [named[name].numel() for name in names]
             full = (len(names), *shape) if shape else (sum(sizes),)
             groups.append(Group(role=ORDER[kind], start=start, stop=start + sum(sizes), shape=full))
             for name, size in zip(names, sizes, strict=True):
                 parameter, end = named[name], start + size
+                self.places[name] = start, end
                 self.master[start:end].copy_(parameter.detach().flatten())
                 parameter.data = self.compute[start:end].view(parameter.shape)
                 parameter.grad = self.compute_gradient[start:end].view(parameter.shape)
@@ -88,14 +92,14 @@ class Parameters:
             self.gradient.add_(self.compute_gradient)
             self.compute_gradient.zero_()
 
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` if it is longer; the norm it had."""
-        norm = float(torch.linalg.vector_norm(self.gradient))
-        if norm > max_norm:
-            self.gradient.mul_(max_norm / norm)
-        return norm
+    def norm(self) -> float:
+        """The Euclidean norm of the whole gradient."""
+        return float(torch.linalg.vector_norm(self.gradient))
 
-    def bytes(self) -> int:
-        """Memory of all buffers: 8 bytes a parameter in fp32, 12 with a bf16 copy."""
-        same = self.compute is self.master
-        return prod((len(self.master), 8 if same else 12))
+    def release(self, model: nn.Module) -> None:
+        """Give the model its fp32 weights, without gradients: training is over."""
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            if name in self.places:
+                start, stop = self.places[name]
+                parameter.data = self.master[start:stop].view(parameter.shape)
