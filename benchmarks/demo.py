@@ -56,7 +56,9 @@ def main() -> int:
             and float(result["seconds"]) <= 360  # type: ignore[arg-type]
             and float(result["peak_mb"]) <= 2000  # type: ignore[arg-type]
         )
-        print(f"  {asked} questions on never-asked people and new strangers: {'met' if fine else 'NOT MET'}", flush=True)
+        print(
+            f"  {asked} questions on never-asked people and new strangers: {'met' if fine else 'NOT MET'}", flush=True
+        )
         met &= fine
     print("bar met in every seed" if met else "bar NOT met")
     return 0 if met else 1
