@@ -66,7 +66,8 @@ def test_chunked_prefill_beyond_a_tile(model: Decoder) -> None:
     expected = model.logits(model(ids))
     cache = KVCache(model.config, slots=1, max_tokens=200)
     chunks = [
-        model(ids[:, a:b], positions_BT=torch.arange(a, b)[None], cache=cache) for a, b in ((0, 7), (7, 150), (150, 200))
+        model(ids[:, a:b], positions_BT=torch.arange(a, b)[None], cache=cache)
+        for a, b in ((0, 7), (7, 150), (150, 200))
     ]
     assert difference(model.logits(torch.cat(chunks, 1)), expected) <= BAR
 

@@ -78,7 +78,7 @@ def test_gradients(name: str, tmp_path: Path) -> None:
 def test_padding(name: str, side: str, tmp_path: Path) -> None:
     reference, model = save(CONFIGS[name], tmp_path), load_model(tmp_path)
     ids, keep = tokens(), torch.ones(2, LENGTH, dtype=torch.bool)
-    keep[1, :40 if side == "left" else None] = side == "right"
+    keep[1, : 40 if side == "left" else None] = side == "right"
     if side == "right":
         keep[1, -40:] = False
     positions = (keep.cumsum(1) - 1).masked_fill(~keep, -1)

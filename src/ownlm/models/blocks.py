@@ -59,6 +59,7 @@ class Llama3Scaling:
 class Rotary:
     """Rotary positions in the half layout: dimension i of a head turns together with i + d/2 (arXiv:2104.09864)."""
 
+    kind: Literal["rotary"] = "rotary"
     theta: float = 10_000.0
     scaling: LinearScaling | Llama3Scaling | None = None
 
@@ -66,6 +67,8 @@ class Rotary:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
     """One learned vector per position, added to the embedding; there are `DecoderConfig.max_tokens` of them."""
+
+    kind: Literal["learned"] = "learned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
