@@ -29,7 +29,9 @@ def doctor(home: Path) -> list[Finding]:
 
 def _python() -> Finding:
     machine = device.machine()
-    return Finding(what="ownlm", found=f"{__version__}, Python {machine['python']}, {machine['processor']}, {device.cores()} cores")
+    return Finding(
+        what="ownlm", found=f"{__version__}, Python {machine['python']}, {machine['processor']}, {device.cores()} cores"
+    )
 
 
 def _torch() -> Finding:
@@ -75,7 +77,9 @@ def _memory() -> Finding:
     free, total = device.free_memory_bytes(), device.total_memory_bytes()
     found = f"{size(free)} free of {size(total)}"
     if free < 2e9:
-        return Finding(what="memory", found=found, state="warning", cure="The demo needs up to 2 GB: close something first.")
+        return Finding(
+            what="memory", found=found, state="warning", cure="The demo needs up to 2 GB: close something first."
+        )
     return Finding(what="memory", found=found)
 
 

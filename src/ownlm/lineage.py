@@ -1,9 +1,9 @@
 """Where an artifact comes from: its inputs, their inputs, back to the documents.
 
-    village@1  checkpoint
-    ├── checkpoint   village-base@1  checkpoint
-    │   ├── documents   village-documents@1  documents
-    ...
+village@1  checkpoint
+├── checkpoint   village-base@1  checkpoint
+│   ├── documents   village-documents@1  documents
+...
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,13 @@ def tree(ancestors: Iterator[Ancestor]) -> str:
 
 def _walk(workspace: Workspace, role: str, artifact: Artifact, depth: int) -> Iterator[Ancestor]:
     yield Ancestor(
-        role=role, ref=artifact.ref, kind=artifact.kind, digest=artifact.digest, depth=depth, state="here", artifact=artifact
+        role=role,
+        ref=artifact.ref,
+        kind=artifact.kind,
+        digest=artifact.digest,
+        depth=depth,
+        state="here",
+        artifact=artifact,
     )
     for name, source in artifact.manifest.inputs.items():
         try:
@@ -62,5 +68,11 @@ def _walk(workspace: Workspace, role: str, artifact: Artifact, depth: int) -> It
 
 def _lost(role: str, source: dict[str, str], depth: int, state: str) -> Ancestor:
     return Ancestor(
-        role=role, ref=source["ref"], kind=source["kind"], digest=source["digest"], depth=depth, state=state, artifact=None
+        role=role,
+        ref=source["ref"],
+        kind=source["kind"],
+        digest=source["digest"],
+        depth=depth,
+        state=state,
+        artifact=None,
     )

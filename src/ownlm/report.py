@@ -53,7 +53,7 @@ class Reporter:
             print(text, file=self.out, flush=True)
             self.last_status_s = now
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Write one JSON line for programs: {"event": name, ...}."""
         if self.audience == "programs":
             print(json.dumps({"event": name, **fields}, ensure_ascii=False, default=str), file=self.out, flush=True)
