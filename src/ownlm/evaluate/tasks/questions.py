@@ -99,21 +99,19 @@ def count(
         refused = [metrics.exact_match(answer.given, UNKNOWN) for _, answer in somebody]
         scores.append(_share("refused", somebody, refused, seed))
 
-    reliability = {}
-    for family, skills in families.items():
-        answers = [answer for pairs in skills.values() for _, answer in pairs]
-        sure, right_or_not = [answer.confidence for answer in answers], [answer.ok for answer in answers]
-        for metric, values in (
-            ("ece", metrics.calibration_error(sure, right_or_not, seed=seed)),
-            ("brier", metrics.brier(sure, right_or_not, seed=seed)),
+    everyone = {"questions": answered} | {
+        f"questions/{family}": [pair for pairs in skills.values() for pair in pairs] for family, skills in families.items()
+    }
+    for task, pairs in everyone.items():
+        sure, ok = [answer.confidence for _, answer in pairs], [answer.ok for _, answer in pairs]
+        for metric, (value, low, high) in (
+            ("calibration error", metrics.calibration_error(sure, ok, seed=seed)),
+            ("brier", metrics.brier(sure, ok, seed=seed)),
         ):
-            value, low, high = values
-            scores.append(
-                Score(task=f"questions/{family}", metric=metric, value=value, low=low, high=high, n=len(answers))
-            )
-        reliability[family] = [asdict(bin) for bin in metrics.reliability(sure, right_or_not)]
+            scores.append(Score(task=task, metric=metric, value=value, low=low, high=high, n=len(pairs)))
+    bins = metrics.reliability([answer.confidence for _, answer in answered], [answer.ok for _, answer in answered])
     source = "training" if any(skill in training for skill in guesses) else "test"
-    return tuple(scores), {"baseline_from": source, "guesses": guesses, "reliability": reliability}
+    return tuple(scores), {"baseline_from": source, "guesses": guesses, "reliability": [asdict(bin) for bin in bins]}
 
 
 def _accuracy(task: str, pairs: Sequence[Answered], baseline: float | None, seed: int) -> Score:
