@@ -42,7 +42,9 @@ def test_draws_follow_the_distribution() -> None:
     request = Sampling(temperature=0.8, seed=1)
     generator = request.generator(0)
     n = 4000
-    ids = [token.id for _ in range(n // 500) for token in sample(logits.repeat(500, 1), [request] * 500, [generator] * 500)]
+    ids = [
+        token.id for _ in range(n // 500) for token in sample(logits.repeat(500, 1), [request] * 500, [generator] * 500)
+    ]
     expected = reference(logits[0].double().numpy(), 0.8, None, 1.0) * n
     chi_squared = ((np.bincount(ids, minlength=6) - expected) ** 2 / expected).sum()
     assert chi_squared < 25.7  # the 0.9999 quantile of chi-squared with 5 degrees of freedom
@@ -75,7 +77,11 @@ def test_same_seed_same_tokens_alone_and_among_others() -> None:
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
-    requests = [Sampling(temperature=2.0, top_k=2, seed=1, logprobs=3), Sampling(), Sampling(temperature=1, logprobs=20)]
+    requests = [
+        Sampling(temperature=2.0, top_k=2, seed=1, logprobs=3),
+        Sampling(),
+        Sampling(temperature=1, logprobs=20),
+    ]
     tokens = sample(logits, requests, [request.generator(0) for request in requests])
     reference = torch.log_softmax(logits, -1)
     for row, (token, request) in enumerate(zip(tokens, requests, strict=True)):

@@ -11,6 +11,7 @@ back at once; what it left in the cache is never attended to, for attention look
 Shapes: B rows, T tokens of a row, D hidden size, V vocabulary.
 """
 
+import heapq
 import itertools
 from collections import deque
 from collections.abc import Sequence as SequenceOf
@@ -22,11 +23,11 @@ from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.sampling import Sampling, Token, report, sample
-from ownlm.generate.text import DecodeStream, StopText
+from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.records import FinishReason
-from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.codec import DecodeStream, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +95,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, *, slots: int = 16, context: int | None = None, prefill_tokens: int = 4096
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 16,
+        context: int | None = None,
+        prefill_tokens: int = 4096,
     ) -> None:
         self.model, self.tokenizer, self.slots, self.prefill_tokens = model, tokenizer, slots, prefill_tokens
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
         weight = model.head_weight
         self.device = weight.device
-        self.cache = KVCache(model.config, slots, self.context, weight.dtype, weight.device)
+        self.cache = KVCache(
+            model.config, slots=slots, max_tokens=self.context, dtype=weight.dtype, device=weight.device
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.free = list(range(slots))
+        self.free = list(range(slots))  # a heap: the lowest slot first, so that running slots stay neighbours
         self.ids = itertools.count()
 
     def add(self, prompt: SequenceOf[int], sampling: Sampling) -> int:
@@ -167,7 +176,7 @@ class Engine:
         """Fill free slots; then every running sequence's last token, and prompt tokens within the budget."""
         while self.waiting and self.free:
             sequence = self.waiting.popleft()
-            sequence.slot = self.free.pop(0)
+            sequence.slot = heapq.heappop(self.free)
             self.running.append(sequence)
         rows: list[Row] = []
         width = count = 0
@@ -188,26 +197,34 @@ class Engine:
         hidden: dict[int, Tensor] = {}
         for phase in ("prefill", "decode"):
             chosen = [index for index, row in enumerate(rows) if row.phase == phase]
+            # The cache reads neighbouring slots without a copy.
+            chosen.sort(key=lambda index: rows[index].sequence.slot)
             if chosen:
                 hidden.update(zip(chosen, self._forward([rows[index] for index in chosen]), strict=True))
         return [hidden[index] for index in range(len(rows))]
 
     def _forward(self, rows: list[Row]) -> list[Tensor]:
         width = max(len(row.tokens) for row in rows)
-        # Padding repeats position after position; it is overwritten before any later token looks there.
-        tokens_BT = torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], device=self.device)
-        first_B = torch.tensor([row.sequence.cached for row in rows], device=self.device)
-        slots_B = torch.tensor([row.sequence.slot for row in rows], device=self.device)
-        positions_BT = first_B[:, None] + torch.arange(width, device=self.device)
+        padding = [width - len(row.tokens) for row in rows]
+        tokens = [row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)]
+        # Position -1 is padding: the cache doesn't keep it and nobody sees it.
+        positions = [
+            [*range(row.sequence.cached, row.sequence.cached + len(row.tokens)), *[-1] * pad]
+            for row, pad in zip(rows, padding, strict=True)
+        ]
+        slots = [row.sequence.slot for row in rows]
         hidden_BTD = self.model(
-            tokens_BT, positions_BT=positions_BT.clamp(max=self.context - 1), cache=self.cache, rows=slots_B
+            torch.tensor(tokens, device=self.device),
+            positions_BT=torch.tensor(positions, device=self.device),
+            cache=self.cache,
+            slots=torch.tensor(slots, device=self.device),
         )
         return [hidden_BTD[index, : len(row.tokens)] for index, row in enumerate(rows)]
 
     def _commit(self, rows: list[Row], hidden: list[Tensor]) -> list[Event]:
         """Sample for the rows whose prompt is read, and tell what became of each."""
         for row, hidden_TD in zip(rows, hidden, strict=True):
-            if row.phase == "prefill" and row.sequence.sampling.echo:
+            if row.sequence.sampling.echo and row.phase == "prefill":
                 self._echo(row, hidden_TD)
         ready = [(row, states[-1]) for row, states in zip(rows, hidden, strict=True) if row.completes_prompt]
         for row in rows:
@@ -258,4 +275,4 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.free.append(sequence.slot)
+        heapq.heappush(self.free, sequence.slot)

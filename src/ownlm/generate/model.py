@@ -12,14 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, TypeAlias, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor
 
 from ownlm import device as machine
 from ownlm.artifact import Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
 from ownlm.models.decoder import Decoder
@@ -59,7 +59,14 @@ class Model:
     """A decoder and its tokenizer. `slots` bounds how many answers are generated at the same time."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, *, name: str = "model", ref: str = "", digest: str = "", slots: int = SLOTS
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "model",
+        ref: str = "",
+        digest: str = "",
+        slots: int = SLOTS,
     ) -> None:
         self.decoder, self.tokenizer = decoder.eval(), tokenizer
         self.name, self.ref, self.digest = name, ref or name, digest
@@ -110,7 +117,8 @@ class Model:
             raise UserError("generate gives one answer per prompt.", where="n", cure="Use `answers` for n > 1.")
         if is_one(prompt):
             return self.answers([self.prompt_ids(prompt)], settings)[0][0]
-        return [answers[0] for answers in self.answers([self.prompt_ids(one) for one in prompt], settings)]
+        prompts = [self.prompt_ids(one) for one in cast(Sequence[Prompt], prompt)]
+        return [answers[0] for answers in self.answers(prompts, settings)]
 
     def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
         """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches."""
@@ -285,6 +293,6 @@ def as_message(message: Message | Mapping[str, str]) -> Message:
     return Message(role=cast(Any, message["role"]), content=message["content"])
 
 
-def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> bool:
+def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
     """True for a single prompt: a text, or a list of messages."""
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))

@@ -49,19 +49,19 @@ class Sampling:
     n: int = 1
 
     def __post_init__(self) -> None:
+        least = 0 if self.echo else 1
+        rules = {
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= least, f"at least {least}"),
+            "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            "stop": (all(self.stop), "strings of at least one character"),
+            "logprobs": (0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"between 0 and {MAX_TOP_LOGPROBS}"),
+            "n": (self.n >= 1, "at least 1"),
+        }
         faults = [
-            f"{name} must be {rule}, not {value!r}."
-            for name, rule, value, fine in (
-                ("max_tokens", "at least 1", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1 - self.echo),
-                ("temperature", "between 0 and 100", self.temperature, 0 <= self.temperature <= 100),
-                ("top_k", "at least 1", self.top_k, self.top_k is None or self.top_k >= 1),
-                ("top_p", "above 0 and at most 1", self.top_p, 0 < self.top_p <= 1),
-                ("seed", "a 64-bit integer", self.seed, self.seed is None or -(2**63) <= self.seed < 2**63),
-                ("stop", "strings of at least one character", self.stop, all(self.stop)),
-                ("logprobs", f"between 0 and {MAX_TOP_LOGPROBS}", self.logprobs, 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
-                ("n", "at least 1", self.n, self.n >= 1),
-            )
-            if not fine
+            f"{name} must be {rule}, not {getattr(self, name)!r}." for name, (fine, rule) in rules.items() if not fine
         ]
         if faults:
             raise UserError(" ".join(faults), where="sampling")

@@ -1,13 +1,6 @@
-"""From tokens to text that can be shown: whole characters only, and nothing that a stop string may yet take back."""
+"""Stop strings in an answer that arrives piece by piece: nothing is shown that one may yet take back."""
 
 from collections.abc import Sequence
-from typing import Protocol
-
-
-class DecodeStream(Protocol):
-    """What `Tokenizer.decode_stream()` gives: bytes of half a character wait for the rest."""
-
-    def push(self, id: int) -> str: ...
 
 
 class StopText:

@@ -25,7 +25,8 @@ def test_overlap() -> None:
 
 
 @given(
-    pieces=st.lists(st.text("abc", max_size=4), max_size=20), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
+    pieces=st.lists(st.text("abc", max_size=4), max_size=20),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
 )
 def test_shows_the_text_up_to_the_first_stop_however_it_is_cut(pieces: list[str], stops: list[str]) -> None:
     stop, shown = StopText(stops), ""
