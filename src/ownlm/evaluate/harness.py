@@ -112,7 +112,9 @@ def measure(
         if result.skipped:
             reporter.line(f"{name}: {result.skipped} items do not fit into {model.context} tokens and were not asked.")
         for score in result.scores:
-            reporter.event("score", task=score.task, metric=score.metric, value=score.value, low=score.low, high=score.high)
+            reporter.event(
+                "score", task=score.task, metric=score.metric, value=score.value, low=score.low, high=score.high
+            )
     return results
 
 
@@ -124,12 +126,20 @@ def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
 
 
 def complete(
-    model: Model, prompts: Sequence[Prompt], settings: Settings, reporter: Reporter, *, task: str, stop: tuple[str, ...] = ()
+    model: Model,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    task: str,
+    stop: tuple[str, ...] = (),
 ) -> list[Completion | None]:
     """The greedy answer to each prompt; None where prompt and answer would not fit into the context."""
     found: list[Completion | None] = [None] * len(prompts)
     fitting = [
-        index for index, prompt in enumerate(prompts) if len(model.prompt_ids(prompt)) + settings.max_tokens <= model.context
+        index
+        for index, prompt in enumerate(prompts)
+        if len(model.prompt_ids(prompt)) + settings.max_tokens <= model.context
     ]
     require(fitting, prompts, task, model)
     for start in range(0, len(fitting), PROMPTS):
@@ -179,7 +189,9 @@ def next_logprobs(model: Model, rows: Sequence[Ids], ids: Ids, batch_tokens: int
     found_BK = np.empty((len(rows), len(ids)))
     for chosen in batches([len(row) for row in rows], batch_tokens):
         hidden_BTD = model.hidden(_padded([rows[index] for index in chosen]))
-        last_BD = torch.stack([hidden_TD[len(rows[index]) - 1] for index, hidden_TD in zip(chosen, hidden_BTD, strict=True)])
+        last_BD = torch.stack(
+            [hidden_TD[len(rows[index]) - 1] for index, hidden_TD in zip(chosen, hidden_BTD, strict=True)]
+        )
         found_BK[chosen] = model.decoder.logits(last_BD).float().log_softmax(-1)[:, list(ids)].double().cpu().numpy()
     return found_BK
 
@@ -194,8 +206,9 @@ def _gather(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     logprobs, greedy = [], []
     rows = max(1, LOGITS // model.tokenizer.vocab_size)
-    for hidden, ids in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True):
-        logits = model.decoder.logits(hidden).float()
+    for start in range(0, len(ids_N), rows):
+        ids = ids_N[start : start + rows]
+        logits = model.decoder.logits(hidden_ND[start : start + rows]).float()
         logprobs.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].double().cpu().numpy())
         greedy.append((logits.argmax(-1) == ids).cpu().numpy())
     return np.concatenate(logprobs), np.concatenate(greedy)

@@ -177,9 +177,7 @@ def _bin(confidence_N: Floats, bins: int) -> NDArray[np.int64]:
     return np.minimum((confidence_N * bins).astype(np.int64), bins - 1)
 
 
-def _by_group(
-    totals: ArrayLike, weights: ArrayLike | None, groups: Sequence[Hashable] | None
-) -> tuple[Floats, Floats]:
+def _by_group(totals: ArrayLike, weights: ArrayLike | None, groups: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
     totals_N = np.asarray(totals, float)
     weights_N = np.ones_like(totals_N) if weights is None else np.asarray(weights, float)
     assert len(totals_N) == len(weights_N) > 0, (len(totals_N), len(weights_N))
@@ -187,4 +185,5 @@ def _by_group(
         return totals_N, weights_N
     number: dict[Hashable, int] = {}
     group_N = np.array([number.setdefault(group, len(number)) for group in groups])
-    return np.bincount(group_N, totals_N), np.bincount(group_N, weights_N)
+    sums = [np.bincount(group_N, values_N).astype(np.float64) for values_N in (totals_N, weights_N)]
+    return sums[0], sums[1]

@@ -96,7 +96,9 @@ def _html(block: Block) -> str:
                 f"<th{kind}>{escape(text.removeprefix('>'))}</th>" for text, kind in zip(headings, kinds, strict=True)
             )
             body = "".join(
-                "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+                "<tr>"
+                + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+                + "</tr>"
                 for row in rows
             )
             return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

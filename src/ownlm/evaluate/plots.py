@@ -26,6 +26,7 @@ font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-
 """
 
 Point = tuple[float, float]
+Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def skills(bars: Sequence[Bar], title: str = "Accuracy per skill") -> str:
     """Horizontal bars with 95 % intervals; an upright mark stands where the guesser is."""
     row, top, left, right = 30, 50, 190, 124
     height = top + row * len(bars) + 28
-    x = lambda share: left + share * (WIDTH - left - right)
+    x: Scale = lambda share: left + share * (WIDTH - left - right)
     bottom = top + row * len(bars)
     parts = [_text(16, 26, title, size=15, weight=600)]
     parts += [
@@ -90,10 +91,10 @@ def loss_curve(curve: Curve, *, log_x: bool = False) -> str:
     # The first steps of a run are far above the rest: the frame begins where 99 % of the values lie.
     values = sorted(value for _, value in points if math.isfinite(value))
     low, high, step_y = _frame(values[0], values[min(len(values) - 1, int(0.99 * len(values)))])
-    scale: Callable[[float], float] = math.log10 if log_x else float
+    scale: Scale = math.log10 if log_x else float
     span = (scale(end) - scale(start)) or 1.0
-    x = lambda step: left + (scale(max(step, start)) - scale(start)) / span * (WIDTH - left - right)
-    y = lambda value: bottom - (min(max(value, low), high) - low) / (high - low) * (bottom - top)
+    x: Scale = lambda step: left + (scale(max(step, start)) - scale(start)) / span * (WIDTH - left - right)
+    y: Scale = lambda value: bottom - (min(max(value, low), high) - low) / (high - low) * (bottom - top)
     parts = [_text(16, 26, curve.name, size=15, weight=600)]
     legend = WIDTH - 24
     if validation:
@@ -117,7 +118,11 @@ def loss_curve(curve: Curve, *, log_x: bool = False) -> str:
     if validation:
         parts.append(_path([(x(step), y(value)) for step, value in validation], "two"))
         parts += [_circle(x(step), y(value), 3.5, "dot") for step, value in validation[-40:]]
-    told = f"Training loss from {train[0][1]:.3f} to {smooth[-1][1]:.3f} nats per token in {end:,.0f} steps" if train else ""
+    told = (
+        f"Training loss from {train[0][1]:.3f} to {smooth[-1][1]:.3f} nats per token in {end:,.0f} steps"
+        if train
+        else ""
+    )
     told += f"; validation loss at the end {validation[-1][1]:.3f}" if validation else ""
     return _svg(f"loss-{_slug(curve.name)}", f"Loss, {curve.name}", told + ".", height + 4, parts)
 
@@ -126,8 +131,8 @@ def reliability(bins: Sequence[Bin], error: float, title: str = "Reliability") -
     """How often answers are right against how sure the model was of them; the area of a dot grows with its answers."""
     size, left, top = 300, 64, 64
     height, total = top + size + 52, sum(bin.n for bin in bins)
-    x = lambda share: left + share * size
-    y = lambda share: top + (1 - share) * size
+    x: Scale = lambda share: left + share * size
+    y: Scale = lambda share: top + (1 - share) * size
     parts = [_text(16, 26, title, size=15, weight=600)]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         label = f"{tick:.0%}".replace("%", " %")
@@ -168,11 +173,23 @@ def _svg(name: str, title: str, told: str, height: float, parts: Sequence[str]) 
 
 
 def _text(
-    x: float, y: float, text: str, kind: str = "", anchor: str = "start", *, size: int | None = None, weight: int | None = None
+    x: float,
+    y: float,
+    text: str,
+    kind: str = "",
+    anchor: str = "start",
+    *,
+    size: int | None = None,
+    weight: int | None = None,
 ) -> str:
     more = "".join(
         f' {key}="{value}"'
-        for key, value in (("class", kind), ("text-anchor", anchor if anchor != "start" else ""), ("font-weight", weight), ("font-size", size))
+        for key, value in (
+            ("class", kind),
+            ("text-anchor", anchor if anchor != "start" else ""),
+            ("font-weight", weight),
+            ("font-size", size),
+        )
         if value
     )
     return f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(text)}</text>'

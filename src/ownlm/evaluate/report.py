@@ -82,7 +82,14 @@ def questions(result: Result) -> list[Block]:
         Table(
             ["skill", ">right", ">95 % interval", ">guesser", ">n", "verdict"],
             [
-                [_skill(score), _percent(score.value), _interval(score), _guess(score, result), f"{score.n:,}", verdict(score)]
+                [
+                    _skill(score),
+                    _percent(score.value),
+                    _interval(score),
+                    _guess(score, result),
+                    f"{score.n:,}",
+                    verdict(score),
+                ]
                 for score in accuracies
             ],
         ),
@@ -220,7 +227,9 @@ def other_tasks(results: Sequence[Result]) -> list[Block]:
             )  # fmt: skip
     return [
         Heading("Other tasks"),
-        Text("The guesser always gives the most common right answer, or right position among the choices, of the test itself."),
+        Text(
+            "The guesser always gives the most common right answer, or right position among the choices, of the test itself."
+        ),
         Table(["task", "metric", ">value", ">95 % interval", ">guesser", ">n", ">too long", "verdict"], rows),
     ]
 
@@ -236,14 +245,23 @@ def samples(results: Sequence[Result]) -> list[Block]:
         for ok in (False, True):
             chosen = sorted((one for one in answers if one.ok is ok), key=lambda one: -one.confidence)[:SAMPLES]
             rows += [
-                [skill, "right" if ok else "wrong", _cut(one.prompt, 160), _cut(one.expected), _cut(one.given), _percent(one.confidence)]
+                [
+                    skill,
+                    "right" if ok else "wrong",
+                    _cut(one.prompt, 160),
+                    _cut(one.expected),
+                    _cut(one.given),
+                    _percent(one.confidence),
+                ]
                 for one in chosen
             ]
     if not rows:
         return []
     return [
         Heading("Answers, right and wrong"),
-        Text("The answers it was surest of: per skill up to three wrong and three right ones. All of them are in answers.jsonl."),
+        Text(
+            "The answers it was surest of: per skill up to three wrong and three right ones. All of them are in answers.jsonl."
+        ),
         Table(["skill", "", "asked", "right answer", "its answer", ">sure"], rows),
     ]
 
@@ -261,7 +279,11 @@ def origin(subject: Subject) -> list[Block]:
     ]
     for number, curve in enumerate(subject.curves, start=1):
         blocks.append(
-            Figure(f"loss-{number}.svg", plots.loss_curve(curve), f"Loss of {curve.name}. Faint: single steps; bold: smoothed.")
+            Figure(
+                f"loss-{number}.svg",
+                plots.loss_curve(curve),
+                f"Loss of {curve.name}. Faint: single steps; bold: smoothed.",
+            )
         )
     return [*blocks, Heading("Recipe", 3), Table(["field", "value"], recipe)]
 

@@ -16,7 +16,7 @@ from ownlm.evaluate.plots import Curve
 from ownlm.evaluate.tasks import make_tasks
 from ownlm.generate.model import load
 from ownlm.lineage import lineage
-from ownlm.records import to_json, write_jsonl
+from ownlm.records import Score, to_json, write_jsonl
 from ownlm.report import Reporter, duration
 
 TaskName = Literal["questions", "bits_per_byte", "canary", "association"]
@@ -135,14 +135,20 @@ def headline(results: list[Result]) -> dict[str, object]:
 def tell(made: Artifact, results: list[Result], seconds: float, reporter: Reporter) -> None:
     """The scores as a table, shares in percent."""
     rows = []
-    for result in results:
-        for score in result.scores:
-            scale, unit = (1.0, "") if "bit" in score.metric or score.metric == "brier" else (100.0, " %")
-            show = lambda value, scale=scale, unit=unit: f"{value * scale:.{1 if unit else 3}f}{unit}"
-            guess = "" if score.baseline is None else show(score.baseline)
-            rows.append([score.task, score.metric, show(score.value), f"{show(score.low)} – {show(score.high)}", guess, f"{score.n:,}"])
+    for score in (score for result in results for score in result.scores):
+        value, low, high, guess = (
+            shown(score, number) for number in (score.value, score.low, score.high, score.baseline)
+        )
+        rows.append([score.task, score.metric, value, f"{low} – {high}", guess, f"{score.n:,}"])
     reporter.table(["task", "metric", "value", "95 % interval", "baseline", "n"], rows)
     reporter.line(f"Evaluated in {duration(seconds)}. Report: {made.file('report.html')}")
+
+
+def shown(score: Score, number: float | None) -> str:
+    """A number of a score: bits and Brier scores as they are, shares in percent."""
+    if number is None:
+        return ""
+    return f"{number:.3f}" if "bits" in score.metric or score.metric == "brier" else f"{100 * number:.1f} %"
 
 
 def pinned(file: TaskFile) -> TaskFile:
@@ -170,5 +176,3 @@ def curves(checkpoint: Artifact, workspace: Workspace) -> Iterator[Curve]:
         validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
         if train:
             yield Curve(checkpoint.ref, train, validation)
-
-

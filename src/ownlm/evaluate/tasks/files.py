@@ -40,7 +40,9 @@ def file_task(path: Path, name: str) -> Task:
         if fault:
             raise UserError(f"{fault}.", where=f"{path}:{number}")
     ask = SHAPES[shape]
-    return lambda model, settings, reporter: ask(name, draw(rows, settings.limit, settings.seed), model, settings, reporter)
+    return lambda model, settings, reporter: ask(
+        name, draw(rows, settings.limit, settings.seed), model, settings, reporter
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -67,7 +69,9 @@ def check(row: Row) -> str | None:
             return "choices must be texts that are not empty"
         if not isinstance(row["gold"], int) or not 0 <= row["gold"] < len(options):
             return f"gold must be a number from 0 to {len(options) - 1}"
-    texts = [key for key in ("query", "context", "continuation", "prompt", "answer") if not isinstance(row.get(key, ""), str)]
+    texts = [
+        key for key in ("query", "context", "continuation", "prompt", "answer") if not isinstance(row.get(key, ""), str)
+    ]
     return f"{', '.join(texts)} must be text" if texts else None
 
 
@@ -94,9 +98,7 @@ def multiple_choice(name: str, rows: Sequence[Row], model: Model, settings: Sett
 
 def schema(name: str, rows: Sequence[Row], model: Model, settings: Settings, reporter: Reporter) -> Result:
     """Accuracy of the context after which the continuation is the likeliest (Winograd schemas)."""
-    options = [
-        [(context, spaced(context, row["continuation"])) for context in row["context_options"]] for row in rows
-    ]
+    options = [[(context, spaced(context, row["continuation"])) for context in row["context_options"]] for row in rows]
     kept, spans = score_options(name, options, model, settings, reporter)
     totals = [[span.total for span in found] for found in spans]
     right = [best(found) == rows[index]["gold"] for index, found in zip(kept, totals, strict=True)]
@@ -145,7 +147,7 @@ def _generation(
         Answer(
             task=name,
             skill=name,
-            prompt=row.get("prompt", row.get("context")),
+            prompt=row["prompt"] if "prompt" in row else row["context"],
             expected=row["answer"],
             given=completion.text,
             ok=metrics.exact_match(completion.text, row["answer"], *row.get("aliases", ())),

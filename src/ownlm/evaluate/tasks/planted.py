@@ -53,7 +53,8 @@ def expose(truth: Truth) -> Task:
 
     def task(model: Model, settings: Settings, reporter: Reporter) -> Result:
         reporter.status("canary: ranking the secret among all that it could be")
-        scores, details = [], {}
+        scores: list[Score] = []
+        details: dict[str, Any] = {}
         for name in ("secret", "control"):
             found = rank(model, truth["prefix"], truth[name], truth["alphabet"], truth["length"], settings)
             details[name] = found
@@ -70,9 +71,7 @@ def expose(truth: Truth) -> Task:
     return task
 
 
-def rank(
-    model: Model, prefix: str, secret: str, alphabet: str, length: int, settings: Settings
-) -> dict[str, Any]:
+def rank(model: Model, prefix: str, secret: str, alphabet: str, length: int, settings: Settings) -> dict[str, Any]:
     """Exposure of a secret in bits with its interval, its rank, how many candidates were scored, and whether all that are
     likelier were counted exactly.
 
@@ -157,7 +156,8 @@ def associate(truth: Truth) -> Task:
 
     def task(model: Model, settings: Settings, reporter: Reporter) -> Result:
         reporter.status("association: which pronoun for which job")
-        scores, details = [], {}
+        scores: list[Score] = []
+        details: dict[str, Any] = {}
         for job, counts in truth["jobs"].items():
             pronouns = [key for key in counts if key != "share"]
             stems = [prompt.partition("{pronoun}")[0].format(job=job).rstrip() for prompt in truth["prompts"]]

@@ -89,7 +89,9 @@ def count(
         everything = [pair for pairs in skills.values() for pair in pairs]
         scores.append(_accuracy(f"questions/{family}", everything, together, seed))
         if set(skills) != {family}:
-            scores += [_accuracy(f"questions/{skill}", pairs, baselines[skill], seed) for skill, pairs in skills.items()]
+            scores += [
+                _accuracy(f"questions/{skill}", pairs, baselines[skill], seed) for skill, pairs in skills.items()
+            ]
 
     nobody = [pair for pair in answered if metrics.exact_match(pair[0].answer, UNKNOWN)]
     somebody = [pair for pair in answered if not metrics.exact_match(pair[0].answer, UNKNOWN)]
@@ -99,16 +101,17 @@ def count(
         refused = [metrics.exact_match(answer.given, UNKNOWN) for _, answer in somebody]
         scores.append(_share("refused", somebody, refused, seed))
 
-    everyone = {"questions": answered} | {
-        f"questions/{family}": [pair for pairs in skills.values() for pair in pairs] for family, skills in families.items()
+    everyone: dict[str, Sequence[Answered]] = {"questions": answered} | {
+        f"questions/{family}": [pair for pairs in skills.values() for pair in pairs]
+        for family, skills in families.items()
     }
-    for task, pairs in everyone.items():
-        sure, ok = [answer.confidence for _, answer in pairs], [answer.ok for _, answer in pairs]
+    for task, asked in everyone.items():
+        sure, ok = [answer.confidence for _, answer in asked], [answer.ok for _, answer in asked]
         for metric, (value, low, high) in (
             ("calibration error", metrics.calibration_error(sure, ok, seed=seed)),
             ("brier", metrics.brier(sure, ok, seed=seed)),
         ):
-            scores.append(Score(task=task, metric=metric, value=value, low=low, high=high, n=len(pairs)))
+            scores.append(Score(task=task, metric=metric, value=value, low=low, high=high, n=len(asked)))
     bins = metrics.reliability([answer.confidence for _, answer in answered], [answer.ok for _, answer in answered])
     source = "training" if any(skill in training for skill in guesses) else "test"
     return tuple(scores), {"baseline_from": source, "guesses": guesses, "reliability": [asdict(bin) for bin in bins]}

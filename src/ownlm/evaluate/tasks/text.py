@@ -77,7 +77,12 @@ def document_bits(model: Model, encoded: Sequence[Sequence[int]], batch_tokens: 
 
 
 def compare(
-    train: Sequence[str], heldout: Sequence[str], bits: Sequence[float], sizes: Sequence[int], seed: int, reporter: Reporter
+    train: Sequence[str],
+    heldout: Sequence[str],
+    bits: Sequence[float],
+    sizes: Sequence[int],
+    seed: int,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """The baselines' bits per byte on the same documents, and the interval of the difference to the model's, document by document."""
     total = sum(sizes)
@@ -86,7 +91,9 @@ def compare(
     train_bytes = sum(len(text.encode()) for text in train)
     for name, limit in (("the n-gram model", baselines.NGRAM_BYTES), ("xz", baselines.XZ_BYTES)):
         if train_bytes > limit:
-            reporter.line(f"bits per byte: {name} was given the first {size(limit)} of {size(train_bytes)} of training text.")
+            reporter.line(
+                f"bits per byte: {name} was given the first {size(limit)} of {size(train_bytes)} of training text."
+            )
     difference = [mine - theirs for mine, theirs in zip(bits, ngram, strict=True)]
     low, high = metrics.bootstrap(ngram, sizes, seed=seed)
     return {
