@@ -1,0 +1,33 @@
+"""ownlm: the whole life of a language model on machines you control.
+
+Importing this package is light; each public name loads what it needs when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "Completion": "ownlm.records",
+    "Conversation": "ownlm.records",
+    "Document": "ownlm.records",
+    "Message": "ownlm.records",
+    "Question": "ownlm.records",
+    "Score": "ownlm.records",
+    "UserError": "ownlm.errors",
+    "Workspace": "ownlm.artifact",
+    "Model": "ownlm.generate.model",
+    "load": "ownlm.generate.model",
+}
+__all__ = sorted(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'ownlm' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,316 @@
+"""The command line: one table, one function per command, in the order of a model's life.
+
+Heavy modules are imported inside the command that needs them: `ownlm --help` answers without torch.
+Exit codes: 0 done, 1 failed, 2 bad input or a gate said no, 130 stopped by the user after saving.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ownlm import __version__, device
+from ownlm.artifact import Workspace
+from ownlm.errors import Interrupted, UserError
+from ownlm.report import Reporter, duration, quantity, size
+
+Arguments = argparse.Namespace
+
+
+def demo(args: Arguments, reporter: Reporter) -> None:
+    """Make a model from nothing in about five minutes: a village's documents, tokenizer, pretraining, tuning, evaluation."""
+    from ownlm import pipeline
+
+    pipeline.demo(_workspace(), reporter, args.override)
+
+
+def build(args: Arguments, reporter: Reporter) -> None:
+    """Make a model of your own folder of files within a budget of time or parameters."""
+    from ownlm import pipeline
+
+    pipeline.build(
+        Path(args.folder),
+        workspace=_workspace(),
+        reporter=reporter,
+        name=args.name,
+        budget=args.budget,
+        params=args.params,
+        dry_run=args.dry_run,
+    )
+
+
+def doctor(args: Arguments, reporter: Reporter) -> int:
+    """Look at this machine and say what ownlm will use of it, and what is in the way."""
+    from ownlm.doctor import doctor as examine
+
+    findings = examine(device.home())
+    signs = {"ok": "ok", "warning": "!", "fault": "x"}
+    reporter.table(["", "what", "found"], [[signs[one.state], one.what, one.found] for one in findings])
+    for one in findings:
+        reporter.event("finding", what=one.what, found=one.found, state=one.state, cure=one.cure)
+        if one.cure:
+            reporter.line(f"{one.what}: {one.cure}")
+    return 2 if any(one.state == "fault" for one in findings) else 0
+
+
+def show(args: Arguments, reporter: Reporter) -> None:
+    """Say what an artifact is, from which inputs and by which recipe it was made, back to the documents."""
+    from ownlm.lineage import lineage, tree
+
+    workspace = _workspace()
+    artifact = workspace.open(args.ref)
+    manifest = artifact.manifest
+    reporter.line(f"{artifact.ref}: {artifact.kind}, made {manifest.created} by ownlm {manifest.packages['ownlm']}")
+    reporter.line(f"  where    {artifact.path}  ({size(artifact.bytes)}, every file verified)")
+    reporter.line(
+        f"  machine  {manifest.machine['processor']}, {manifest.machine['cores']} cores, {manifest.machine['system']}"
+    )
+    reporter.line(f"  packages {', '.join(f'{name} {number}' for name, number in manifest.packages.items())}")
+    reporter.line("\nmade from")
+    ancestors = list(lineage(workspace, artifact))
+    reporter.line(tree(iter(ancestors)))
+    for title, table in (("facts", manifest.facts), ("recipe", manifest.recipe)):
+        reporter.line(f"\n{title}")
+        for key, value in _flat(table):
+            reporter.line(f"  {key} = {value}")
+    reporter.line("\nfiles")
+    reporter.table(
+        ["file", "size", "sha256"],
+        [[path, size(entry["bytes"]), entry["sha256"][:16]] for path, entry in manifest.files.items()],
+    )
+    history = [{"role": one.role, "ref": one.ref, "digest": one.digest, "state": one.state} for one in ancestors]
+    reporter.event(
+        "artifact", ref=artifact.ref, kind=artifact.kind, facts=manifest.facts, recipe=manifest.recipe, lineage=history
+    )
+
+
+def list_(args: Arguments, reporter: Reporter) -> None:
+    """List the artifacts of the workspace, or what the catalog recorded: runs, requests."""
+    if args.what == "artifacts":
+        rows = [
+            {
+                "artifact": one.ref,
+                "kind": one.kind,
+                "size": size(one.bytes),
+                "made": one.manifest.created,
+                "digest": one.digest[:12],
+            }
+            for one in _workspace().all()
+        ]
+    else:
+        from ownlm.catalog import Catalog
+
+        catalog = Catalog(_workspace().root)
+        rows = [_told(row) for row in (catalog.runs() if args.what == "runs" else catalog.requests())]
+        catalog.close()
+    for row in rows:
+        reporter.event(args.what.removesuffix("s"), **row)
+    if rows:
+        reporter.table(list(rows[0]), [list(row.values()) for row in rows])
+    else:
+        reporter.line(f"There are no {args.what} in {device.home()} yet. `ownlm demo` makes a first model.")
+
+
+def rm(args: Arguments, reporter: Reporter) -> None:
+    """Delete an artifact; refused while another one was made from it."""
+    gone = _workspace().remove(args.ref)
+    reporter.line(f"Deleted {gone.ref} ({size(gone.bytes)}).")
+
+
+def stage(args: Arguments, reporter: Reporter) -> None:
+    """Run the stage of that name from a recipe file."""
+    from ownlm import pipeline
+
+    made = pipeline.run_stage(args.command, _recipe_path(args.recipe), args.override, _workspace(), reporter)
+    reporter.line(f"{made.ref} is in {made.path}")
+    reporter.event("artifact", ref=made.ref, kind=made.kind, path=made.path, digest=made.digest, facts=made.facts)
+
+
+def generate(args: Arguments, reporter: Reporter) -> None:
+    """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
+    from ownlm import recipe
+    from ownlm.generate.model import load
+    from ownlm.generate.sampling import Sampling
+
+    sampling = recipe.read(Sampling, None, args.override)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model = load(args.ref, workspace=_workspace())
+    question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
+    if args.json:
+        from dataclasses import asdict
+
+        reporter.event("completion", **asdict(model.generate(question, sampling=sampling)))
+        return
+    for piece in model.stream(question, sampling=sampling):
+        reporter.out.write(piece)
+        reporter.out.flush()
+    reporter.line("")
+
+
+def chat(args: Arguments, reporter: Reporter) -> None:
+    """Talk to a model in the terminal."""
+    from ownlm import recipe
+    from ownlm.generate.chat import chat as talk
+    from ownlm.generate.model import load
+    from ownlm.generate.sampling import Sampling
+
+    sampling = recipe.read(Sampling, None, args.override)
+    talk(load(args.ref, workspace=_workspace()), sampling=sampling)
+
+
+def serve(args: Arguments, reporter: Reporter) -> None:
+    """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
+    from ownlm.serve import serve as run
+
+    run(args.ref, host=args.host, port=args.port, api_keys=device.api_keys(), workspace=_workspace(), reporter=reporter)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A row of the table: the function, its arguments as `add_argument` takes them, and for stages a help line of their own."""
+
+    run: Callable[[Arguments, Reporter], int | None]
+    arguments: Sequence[tuple[str, dict[str, Any]]] = ()
+    help: str = ""
+
+
+REF = ("ref", {"metavar": "NAME", "help": "name, name@version, or a folder"})
+OVERRIDE = (
+    "override",
+    {"metavar": "key=value", "nargs": "*", "help": "change a value of the recipe, e.g. pretrain.steps=200"},
+)
+SAMPLING = (
+    "override",
+    {"metavar": "key=value", "nargs": "*", "help": "max_tokens, temperature, top_p, top_k, seed, stop …"},
+)
+STAGE = (("recipe", {"metavar": "RECIPE", "help": "a TOML file, or the name of one that comes with ownlm"}), OVERRIDE)
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(run=demo, arguments=(OVERRIDE,)),
+    "build": Command(
+        run=build,
+        arguments=(
+            ("folder", {"metavar": "FOLDER", "help": "txt, md, html, jsonl, parquet, csv, source code; .gz of each"}),
+            ("--budget", {"default": None, "metavar": "TIME", "help": "whole time, e.g. 10m, 2h, 90s (default 10m)"}),
+            ("--params", {"default": None, "metavar": "N", "help": "number of parameters instead, e.g. 5m"}),
+            ("--name", {"default": None, "help": "name of the model (default: the folder's name)"}),
+            ("--dry-run", {"action": "store_true", "help": "print the plan and its predictions, train nothing"}),
+        ),
+    ),
+    "doctor": Command(run=doctor),
+    "show": Command(run=show, arguments=(REF,)),
+    "list": Command(
+        run=list_,
+        arguments=(("what", {"nargs": "?", "choices": ("artifacts", "runs", "requests"), "default": "artifacts"}),),
+    ),
+    "rm": Command(run=rm, arguments=(REF,)),
+    "documents": Command(
+        run=stage, arguments=STAGE, help="Collect and clean documents into train, validation and test."
+    ),
+    "tokenizer": Command(run=stage, arguments=STAGE, help="Train a tokenizer on documents."),
+    "pretrain": Command(run=stage, arguments=STAGE, help="Train a model on documents from nothing."),
+    "finetune": Command(run=stage, arguments=STAGE, help="Tune a checkpoint on conversations."),
+    "evaluate": Command(run=stage, arguments=STAGE, help="Score a checkpoint and write a report."),
+    "generate": Command(
+        run=generate,
+        arguments=(
+            REF,
+            ("prompt", {"metavar": "PROMPT"}),
+            ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
+            SAMPLING,
+        ),
+    ),
+    "chat": Command(run=chat, arguments=(REF, SAMPLING)),
+    "serve": Command(
+        run=serve,
+        arguments=(
+            REF,
+            ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
+            ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
+        ),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    parser = make_parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        print(f"ownlm: there is no command {words[0]!r}.{f' Did you mean {near[0]}?' if near else ''}", file=sys.stderr)  # noqa: T201
+        return 2
+    args = parser.parse_args(words)
+    reporter = Reporter("programs" if args.json else "people")
+    try:
+        return COMMANDS[args.command].run(args, reporter) or 0
+    except UserError as fault:
+        reporter.clear()
+        print(f"ownlm {args.command}: {fault}", file=sys.stderr)  # noqa: T201
+        return 2
+    except Interrupted as stop:
+        reporter.line(f"\n{stop}")
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `ownlm list | head`
+        sys.stderr.close()
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command; the reference page is generated from it."""
+    parser = argparse.ArgumentParser(
+        prog="ownlm", description="The whole life of a language model on machines you control.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ownlm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        text = command.help or (command.run.__doc__ or "").strip()
+        child = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for argument, options in command.arguments:
+            child.add_argument(argument, **options)
+        child.add_argument("--json", action="store_true", help="one JSON line per event, for programs")
+    return parser
+
+
+def _workspace() -> Workspace:
+    return Workspace(device.home())
+
+
+def _recipe_path(text: str) -> Path:
+    """A file, or the name of a recipe that comes with ownlm."""
+    from ownlm import pipeline
+
+    shipped = pipeline.recipes_folder() / f"{text.removesuffix('.toml')}.toml"
+    return shipped if not Path(text).exists() and shipped.exists() else Path(text)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return rows
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the catalog as people read it: short columns, units, no empty texts."""
+    units: dict[str, Callable[[Any], str]] = {
+        "seconds": duration,
+        "peak_memory_bytes": size,
+        "prompt_tokens": quantity,
+        "completion_tokens": quantity,
+        "started": lambda when: when.isoformat(sep=" ", timespec="seconds"),
+        "digest": lambda digest: digest[:12],
+        "first_token_s": lambda s: f"{s * 1000:.0f} ms",
+        "latency_s": lambda s: f"{s * 1000:.0f} ms",
+    }
+    skipped = {"prompt", "completion", "sampling"}
+    return {
+        key: units[key](value) if key in units and value is not None else value
+        for key, value in row.items()
+        if key not in skipped
+    }

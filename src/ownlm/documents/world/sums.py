@@ -1,0 +1,38 @@
+"""Sums of two numbers of two digits, with pairs that no document and no conversation ever shows."""
+
+import random
+from dataclasses import dataclass
+
+CHOICES = tuple(str(total) for total in range(20, 199))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """All unordered pairs of 10..99, divided: `seen` in documents and tuning, `asked` in the test, `reward` for RL only."""
+
+    seen: list[tuple[int, int]]
+    asked: list[tuple[int, int]]
+    reward: list[tuple[int, int]]
+
+
+def pairs(rng: random.Random, asked: int, reward: int) -> Pairs:
+    """The division for one world. A pair and its mirror image are on the same side."""
+    every = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(every)
+    return Pairs(asked=every[:asked], reward=every[asked : asked + reward], seen=every[asked + reward :])
+
+
+def _either_way(rng: random.Random, pair: tuple[int, int]) -> tuple[int, int]:
+    return pair if rng.random() < 0.5 else (pair[1], pair[0])
+
+
+def document(rng: random.Random, seen: list[tuple[int, int]], lines: int = 6) -> str:
+    """A page of sums."""
+    sums = [_either_way(rng, pair) for pair in rng.sample(seen, k=lines)]
+    return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."
+
+
+def question(rng: random.Random, pair: tuple[int, int]) -> tuple[str, str]:
+    """A prompt and its answer."""
+    a, b = _either_way(rng, pair)
+    return f"What is {a} + {b}?", str(a + b)

@@ -1,0 +1,78 @@
+"""Where an artifact comes from: its inputs, their inputs, back to the documents.
+
+village@1  checkpoint
+├── checkpoint   village-base@1  checkpoint
+│   ├── documents   village-documents@1  documents
+...
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ownlm.artifact import Artifact, Workspace
+from ownlm.errors import ArtifactError, NotFound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ancestor:
+    """One artifact in the history of another. `state` says whether it is still what it was."""
+
+    role: str  # as which input it was used; "" for the artifact itself
+    ref: str
+    kind: str
+    digest: str
+    depth: int
+    state: str  # "here", "gone", "damaged" or "changed"
+    artifact: Artifact | None
+
+
+def lineage(workspace: Workspace, artifact: Artifact) -> Iterator[Ancestor]:
+    """The artifact and its inputs, depth first; an input that is gone or no longer the same says so."""
+    yield from _walk(workspace, "", artifact, 0)
+
+
+def tree(ancestors: Iterator[Ancestor]) -> str:
+    """The lineage as indented lines."""
+    lines = []
+    for one in ancestors:
+        note = "" if one.state == "here" else f"  ({one.state})"
+        role = f"{one.role}: " if one.role else ""
+        lines.append(f"{'  ' * one.depth}{role}{one.ref}  {one.kind}  {one.digest[:12]}{note}")
+    return "\n".join(lines)
+
+
+def _walk(workspace: Workspace, role: str, artifact: Artifact, depth: int) -> Iterator[Ancestor]:
+    yield Ancestor(
+        role=role,
+        ref=artifact.ref,
+        kind=artifact.kind,
+        digest=artifact.digest,
+        depth=depth,
+        state="here",
+        artifact=artifact,
+    )
+    for name, source in artifact.manifest.inputs.items():
+        try:
+            found = workspace.open(source["ref"])
+        except NotFound:
+            yield _lost(name, source, depth + 1, "gone")
+            continue
+        except ArtifactError:
+            yield _lost(name, source, depth + 1, "damaged")
+            continue
+        if found.digest != source["digest"]:
+            yield _lost(name, source, depth + 1, "changed")
+        else:
+            yield from _walk(workspace, name, found, depth + 1)
+
+
+def _lost(role: str, source: dict[str, str], depth: int, state: str) -> Ancestor:
+    return Ancestor(
+        role=role,
+        ref=source["ref"],
+        kind=source["kind"],
+        digest=source["digest"],
+        depth=depth,
+        state=state,
+        artifact=None,
+    )

@@ -1,0 +1,325 @@
+"""The codec: text <-> token ids, and conversations -> ids with the mask of what is trained.
+
+    text ─────────────────► encode ──► ids            never a special token, whatever the text spells out
+    document ─────────────► document ► [begin] ids end
+    messages ─► template ─► chat ────► ids, trained    special tokens come from the template only
+
+One object trains, evaluates and serves a model. It lives in the model's directory in Hugging Face layout
+(tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and transformers' AutoTokenizer
+gives the same ids from it.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from ownlm.errors import NotFound, UserError
+from ownlm.records import Message, to_json
+from ownlm.tokens.stream import BYTE_OF, ByteStream, DecodeStream, WindowStream
+from ownlm.tokens.template import ChatTemplate
+
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# Which special tokens end a document or a turn, in the families that ownlm loads; the first one present ends documents.
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# Qwen2's split of text into words. A line end followed by anything but white space always ends a word, so that a long text
+# can be cut there and encoded in parallel without changing an id.
+LINE_SAFE_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|eom_id|>")
+
+
+class Tokenizer:
+    """A vocabulary with its special tokens and chat template. Nothing in it changes after loading."""
+
+    def __init__(self, backend: Backend, config: Mapping[str, Any], *, stops: Iterable[int] = ()) -> None:
+        """`config` is a tokenizer_config.json with the template under "chat_template"; `stops` are further ids that end
+        a reply (generation_config.json names them)."""
+        self.config = dict(config)
+        names = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        missing = [token for token in names.values() if backend.token_to_id(token) is None]
+        assert not missing, f"tokenizer_config.json names tokens that tokenizer.json lacks: {missing}"
+        backend.encode_special_tokens = True  # from here on the backend never looks for special tokens in text
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self._json = json.loads(backend.to_str())
+        added = {token["content"]: token for token in self._json["added_tokens"] if token["special"]}
+        unknown = _unknown_token(self._json["model"])
+        self.special: dict[str, int] = {
+            token: int(backend.token_to_id(token) or 0)
+            for token in [*added, *names.values()]
+            if token != unknown or token == names.get("eos_token")
+        }
+        self._special_ids = frozenset(self.special.values())
+        # Longest first: <s> would hide <s>2 otherwise. A token may swallow the white space beside it.
+        self._special_pattern = re.compile(
+            "|".join(
+                (r"\s*" if added.get(token, {}).get("lstrip") else "")
+                + f"({re.escape(token)})"
+                + (r"\s*" if added.get(token, {}).get("rstrip") else "")
+                for token in sorted(self.special, key=len, reverse=True)
+            )
+            or "(?!)"
+        )
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ends = [token for token in DOCUMENT_ENDS if token in self.special]
+        ends += [names[name] for name in ("eos_token", "sep_token") if name in names]
+        if not ends:
+            raise UserError(
+                "the tokenizer has no token that ends a document.", cure="Name its eos_token in tokenizer_config.json."
+            )
+        self.eos_id: int = self.special[ends[0]]
+        self.bos_id: int | None = self._bos(names)
+        self.pad_id: int = self.special[names["pad_token"]] if names.get("pad_token") in self.special else self.eos_id
+        turns = [token for token in (*TURN_ENDS, names.get("eos_token")) if token in self.special]
+        self.stop_ids: frozenset[int] = frozenset(
+            [self.eos_id, *stops, *(self.special[token] for token in turns if token)]
+        )
+        source = config.get("chat_template")
+        self.template: ChatTemplate | None = None
+        if isinstance(source, str):
+            stop_texts = [token for token, id in self.special.items() if id in self.stop_ids]
+            self.template = ChatTemplate(source, names=names, specials=list(self.special), stops=stop_texts)
+        inner, self._only_first = _without_prefix(self._json)
+        self._inner = inner or backend
+
+    def _bos(self, names: Mapping[str, str]) -> int | None:
+        """The token that begins every document, if there is one: the recipe for it is the file's post-processor, which
+        "add_bos_token" overrules."""
+        bos = self.special.get(names.get("bos_token", names.get("cls_token", "")))
+        begins = self.config.get("add_bos_token")
+        if begins is None:
+            begins = bos in self.backend.encode("a", add_special_tokens=True).ids[:1]
+        return bos if begins else None
+
+    # Text.
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any special token."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids if self._special_ids.isdisjoint(ids) else self._spell_out(text, self.backend)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            encoding.ids if self._special_ids.isdisjoint(encoding.ids) else self._spell_out(text, self.backend)
+            for text, encoding in zip(texts, found, strict=True)
+        ]
+
+    def _spell_out(self, text: str, backend: Backend) -> list[int]:
+        """Ids of a text in which the model itself finds a special token (Unigram vocabularies keep </s> as a piece):
+        that stretch is encoded character by character."""
+        encoding = backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id not in self._special_ids:
+                ids.append(id)
+                continue
+            for character in text[start:end]:
+                ids += [
+                    i for i in self._inner.encode(character, add_special_tokens=False).ids if i not in self._special_ids
+                ]
+        return ids
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of the ids; special tokens are left out unless `special`. Broken UTF-8 becomes U+FFFD."""
+        text: str = self.backend.decode(ids, skip_special_tokens=not special)
+        return text
+
+    def decode_stream(self) -> DecodeStream:
+        """A decoder for one reply as it is written."""
+        return ByteStream(self._bytes) if self._bytes is not None else WindowStream(self.decode)
+
+    @cached_property
+    def _bytes(self) -> list[bytes] | None:
+        """The bytes of each id when the decoder is plain byte-level, which lets a stream decode in constant time."""
+        if (self._json["decoder"] or {}).get("type") != "ByteLevel":
+            return None
+        table = [b""] * self.vocab_size
+        for token, id in self.backend.get_vocab(with_added_tokens=True).items():
+            if id not in self._special_ids:
+                known = all(character in BYTE_OF for character in token)
+                table[id] = bytes(BYTE_OF[character] for character in token) if known else token.encode()
+        return table
+
+    # Documents and conversations.
+
+    def document(self, text: str) -> list[int]:
+        """The ids of a whole document: its begin token if the vocabulary has one, the text, the end token."""
+        return self.frame(self.encode(text))
+
+    def frame(self, ids: list[int]) -> list[int]:
+        """Ids of a text between the tokens that begin and end a document."""
+        return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
+
+    def chat(
+        self, messages: Sequence[Message | Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """(ids, trained) of a conversation: `trained` marks the assistant's words and the token that ends its turn.
+
+        With `add_generation_prompt` the ids end where the assistant begins, and equal what training saw up to there.
+        Raises UserError when there is no template, when it refuses the messages, or when it can't tell what to train.
+        """
+        if self.template is None:
+            raise UserError(
+                "this tokenizer has no chat template.", cure="Use a chat-tuned checkpoint, or add chat_template.jinja."
+            )
+        plain = [to_json(message) if isinstance(message, Message) else message for message in messages]
+        rendered = self.template.render(plain, add_generation_prompt=add_generation_prompt)
+        asked = any(message.get("role") == "assistant" for message in plain)
+        if asked and not rendered.spans and not add_generation_prompt:
+            raise UserError(
+                "the chat template doesn't show which part the assistant wrote.",
+                cure="Put {% generation %} ... {% endgeneration %} around the assistant's words in chat_template.jinja.",
+            )
+        return self._encode_rendered(rendered.text, rendered.spans, rendered.guard)
+
+    def _encode_rendered(self, text: str, spans: Sequence[tuple[int, int]], guard: str) -> tuple[list[int], list[bool]]:
+        """Special tokens by their strings; the text between them, cut at the borders of spans, without looking for any.
+
+        The cut keeps the prompt's last token from merging with the reply's first: at serving only the prompt is there.
+        """
+        borders = sorted({border for span in spans for border in span} | {len(text)})
+        ids: list[int] = []
+        trained: list[bool] = []
+        position, after_plain = 0, False
+
+        def put(new: list[int], start: int) -> None:
+            ids.extend(new)
+            trained.extend([any(first <= start < last for first, last in spans)] * len(new))
+
+        def put_plain(end: int) -> None:
+            nonlocal position, after_plain
+            for border in [*(b for b in borders if position < b < end), end]:
+                piece = text[position:border].replace(guard, "")
+                if piece:
+                    backend = self._inner if after_plain or (self._only_first and ids) else self.backend
+                    new = backend.encode(piece, add_special_tokens=False).ids
+                    put(new if self._special_ids.isdisjoint(new) else self._spell_out(piece, backend), position)
+                    after_plain = True
+                position = border
+
+        for match in self._special_pattern.finditer(text):
+            put_plain(match.start())
+            put([self.special[match[match.lastindex or 0]]], match.start(match.lastindex or 0))
+            position, after_plain = match.end(), False
+        put_plain(len(text))
+        return ids, trained
+
+    # Files.
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that decides ids: vocabulary, merges, special tokens, template."""
+        # The backend reads floats (Unigram scores) with an error in the last digit, so they count to nine digits only.
+        whole = json.loads(self.backend.to_str(), parse_float=lambda digits: f"{float(digits):.9g}")
+        parts = [whole, self.template and self.template.source, self.special, self.bos_id, self.eos_id]
+        return hashlib.sha256(json.dumps([*parts, sorted(self.stop_ids)], sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write the files that `load` and transformers read."""
+        path.mkdir(parents=True, exist_ok=True)
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        named = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        (path / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+        (path / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (path / "special_tokens_map.json").write_text(
+            json.dumps(named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if self.template is not None:
+            (path / "chat_template.jinja").write_text(self.template.source, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The tokenizer in a directory of Hugging Face layout. Raises NotFound or UserError when it isn't one."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise NotFound(
+                "there is no tokenizer.json.",
+                where=str(path),
+                cure="Give the directory of a tokenizer or a checkpoint.",
+            )
+        try:
+            backend = Backend.from_str(file.read_text(encoding="utf-8"))
+        except Exception as fault:  # noqa: BLE001  (the library raises bare Exception)
+            raise UserError(
+                f"not a tokenizer: {fault}.", where=str(file), cure="Restore the file from its source."
+            ) from None
+        config = _read_json(path / "tokenizer_config.json")
+        template = path / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        elif isinstance(config.get("chat_template"), list):  # several named templates: "default" is the one for chat
+            config["chat_template"] = {item["name"]: item["template"] for item in config["chat_template"]}.get(
+                "default"
+            )
+        # A token that only the config declares special must be special to the backend too; one that the vocabulary lacks
+        # (GPT-2 files name such) can't be.
+        named = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        known = {name: text for name, text in named.items() if backend.token_to_id(text) is not None}
+        backend.add_special_tokens(sorted(set(known.values())))
+        config = {key: value for key, value in config.items() if key not in named or key in known}
+        stops = _read_json(path / "generation_config.json").get("eos_token_id") or []
+        return cls(backend, config, stops=[stops] if isinstance(stops, int) else stops)
+
+
+def _token_text(value: Any) -> str | None:
+    """Configs write a token as its text or as {"content": text, ...}."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _unknown_token(model: Mapping[str, Any]) -> str | None:
+    """The token for unknown text, which plain text does yield; byte-level vocabularies have none."""
+    if model["type"] == "Unigram":
+        return None if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
+def _without_prefix(whole: dict[str, Any]) -> tuple[Backend | None, bool]:
+    """A copy of the tokenizer that puts no space before a text, or None when it never does; and whether the original
+    puts it before the very first piece only."""
+    data = json.loads(json.dumps(whole))
+    changed = first = False
+    for place in ("normalizer", "pre_tokenizer"):
+        node = data[place]
+        nested = "normalizers" if place == "normalizer" else "pretokenizers"
+        nodes = node[nested] if node and node["type"] == "Sequence" else [node] if node else []
+        kept = [item for item in nodes if item["type"] != "Prepend"]
+        changed |= len(kept) < len(nodes)
+        for item in kept:
+            if item["type"] == "Metaspace" and item["prepend_scheme"] != "never":
+                first |= item["prepend_scheme"] == "first"
+                item["prepend_scheme"], changed = "never", True
+            if item["type"] == "ByteLevel" and item["add_prefix_space"] and place == "pre_tokenizer":
+                item["add_prefix_space"], changed = False, True
+        if node and node["type"] == "Sequence":
+            node[nested] = kept
+        elif node:
+            data[place] = kept[0] if kept else None
+    if not changed:
+        return None, False
+    inner = Backend.from_str(json.dumps(data))
+    inner.encode_special_tokens = True
+    return inner, first
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise UserError(f"not JSON: {fault}.", where=str(path), cure="Restore the file from its source.") from None
+    return data if isinstance(data, dict) else {}
