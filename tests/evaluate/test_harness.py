@@ -74,9 +74,7 @@ def test_batch_size_does_not_matter(batch_tokens: int) -> None:
     assert apart[1, 1] == pytest.approx(logprobs(MODEL, [([3], [9])], 64)[0].total, abs=1e-5)
     texts = ["a short one", "x" * 50, "and another, somewhat longer document"]
     tasks = {"bits": predict(["training text"], texts)}
-    scores = [
-        evaluate_model(MODEL, tasks, Settings(batch_tokens=tokens))[0].value for tokens in (batch_tokens, 8192)
-    ]
+    scores = [evaluate_model(MODEL, tasks, Settings(batch_tokens=tokens))[0].value for tokens in (batch_tokens, 8192)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
 
 
