@@ -7,19 +7,18 @@ A recipe file has a table for each stage (docs/decisions/0003). Each stage finds
 was stopped goes on where it was.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ownlm import recipe as recipes
-from ownlm.artifact import Artifact, Workspace, check_name
+from ownlm.artifact import Artifact, Workspace
 from ownlm.catalog import Catalog
 from ownlm.documents.collect import DocumentsRecipe, collect
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
-from ownlm.report import Reporter, duration, size
+from ownlm.report import Reporter
 from ownlm.tokens.train import TokenizerRecipe, train_tokenizer
 from ownlm.train.stages import FinetuneRecipe, PretrainRecipe, finetune, pretrain
 
@@ -73,9 +72,7 @@ def fill_names(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, **tables}
 
 
-def run_stage(
-    stage: str, path: Path, overrides: Sequence[str], workspace: Workspace, reporter: Reporter
-) -> Artifact:
+def run_stage(stage: str, path: Path, overrides: Sequence[str], workspace: Workspace, reporter: Reporter) -> Artifact:
     """The artifact of one stage of a recipe file, made now or found."""
     recipe = read_recipe(path, overrides)
     if getattr(recipe, stage) is None:

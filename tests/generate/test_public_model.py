@@ -1,15 +1,18 @@
 """The public model: prompts of every kind, scores and embeddings against the plain forward, chat in the terminal."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ownlm.errors import ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ArtifactError, ContextTooLong, NotFound, UserError
 from ownlm.generate.chat import chat
-from ownlm.generate.model import Model
+from ownlm.generate.model import Model, load
 from ownlm.generate.sampling import Sampling
+from ownlm.models.weights import save_model
 from ownlm.records import Completion, Message
 from tiny import tiny_model
 
@@ -57,8 +60,10 @@ def test_several_answers_and_refusals() -> None:
     assert len(answers) == 3
     with pytest.raises(UserError, match="max_token"):
         MODEL.generate("a", max_token=3)
-    with pytest.raises(UserError, match="`answers`"):
+    with pytest.raises(UserError, match="answers"):
         MODEL.generate("a", n=2)
+    with pytest.raises(UserError, match="events"):
+        MODEL.generate("a", Sampling(logprobs=3))
     with pytest.raises(ContextTooLong):
         MODEL.generate(["a", "b" * 200])
     with pytest.raises(ContextTooLong):
@@ -130,7 +135,7 @@ def talk(model: Model, *lines: str) -> tuple[str, list[Message]]:
             raise KeyboardInterrupt
         return waiting.pop(0)
 
-    return out, chat(model, system="Be brief.", read=read, out=out, **FREE)  # type: ignore[return-value]
+    return out, chat(model, system="Be brief.", read=read, out=out, sampling=Sampling(**FREE))  # type: ignore[return-value]
 
 
 def test_terminal_chat_keeps_history_and_obeys_commands() -> None:
@@ -158,3 +163,29 @@ def test_ctrl_c_stops_the_answer_not_the_program(monkeypatch: pytest.MonkeyPatch
     assert messages[-1].role == "assistant"
     assert model._engine is not None
     assert model._engine.idle
+
+
+def test_load_from_a_folder_and_from_the_workspace(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        save_model(MODEL.decoder, folder)
+        MODEL.tokenizer.save(folder)
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder)
+    workspace = Workspace(tmp_path / "home")
+    with workspace.create("checkpoint", "demo", inputs={}, recipe=Sampling()) as draft:
+        write(draft.path)
+    for ref, name in ((folder, "mine"), ("demo", "demo"), ("demo@1", "demo")):
+        model = load(ref, workspace=workspace, device="cpu")
+        assert model.name == name
+        same(model.generate("hello", **FREE), MODEL.generate("hello", **FREE))
+    assert load("demo", workspace=workspace).ref == "demo@1"
+    with pytest.raises(NotFound):
+        load("nothing", workspace=workspace)
+    damaged = draft.done.file("model.safetensors")
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(ArtifactError, match="checksum"):
+        load("demo", workspace=Workspace(tmp_path / "home"))

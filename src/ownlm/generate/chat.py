@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 from ownlm.errors import ContextTooLong
 from ownlm.generate.model import Model
+from ownlm.generate.sampling import Sampling
 from ownlm.records import Message
 
 HELP = "Write a message and press Enter. /reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer."
@@ -14,15 +15,14 @@ HELP = "Write a message and press Enter. /reset forgets the conversation, /quit 
 def chat(
     model: Model,
     *,
+    sampling: Sampling | None = None,
     system: str | None = None,
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
-    **sampling: Any,
 ) -> list[Message]:
     """Talk with the model until /quit; returns the conversation as it then stood.
 
     system    a first message that stays through /reset
-    sampling  fields of `Sampling`: temperature, max_tokens, …
     """
     out = out or sys.stdout
     beginning = [Message(role="system", content=system)] if system else []
@@ -49,10 +49,10 @@ def chat(
             messages = answer(model, [*messages, Message(role="user", content=text)], out, sampling)
 
 
-def answer(model: Model, messages: list[Message], out: TextIO, sampling: dict[str, Any]) -> list[Message]:
+def answer(model: Model, messages: list[Message], out: TextIO, sampling: Sampling | None) -> list[Message]:
     """Stream one answer; returns the conversation with it, or without the question when it was too long."""
     pieces: list[str] = []
-    stream = model.stream(messages, **sampling)
+    stream = model.stream(messages, sampling)
     try:
         for piece in stream:
             pieces.append(piece)

@@ -27,7 +27,8 @@ from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.records import FinishReason
-from ownlm.tokens.codec import DecodeStream, Tokenizer
+from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.stream import DecodeStream
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, cast, overload
 
@@ -101,20 +102,20 @@ class Model:
         return self.tokenizer.chat([as_message(message) for message in prompt], add_generation_prompt=True)[0]
 
     @overload
-    def generate(self, prompt: str | Chat, **sampling: Any) -> Completion: ...
+    def generate(self, prompt: str | Chat, sampling: Sampling | None = None, **fields: Any) -> Completion: ...
     @overload
-    def generate(self, prompt: Sequence[str] | Sequence[Chat], **sampling: Any) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[str] | Sequence[Chat], **sampling: Any
+        self, prompt: Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
     ) -> Completion | list[Completion]:
         """The completion of a prompt, or the completions of a list of prompts in their order.
 
         Keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, … Greedy by default.
         Raises ContextTooLong, with the counts, before anything is generated.
         """
-        settings = as_sampling(sampling)
-        if settings.n != 1:
-            raise UserError("generate gives one answer per prompt.", where="n", cure="Use `answers` for n > 1.")
+        settings = plain(as_sampling(sampling, fields))
         if is_one(prompt):
             return self.answers([self.prompt_ids(prompt)], settings)[0][0]
         prompts = [self.prompt_ids(one) for one in cast(Sequence[Prompt], prompt)]
@@ -136,9 +137,9 @@ class Model:
             [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Generator[str, None, None]:
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
         """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
-        for event in self.events(self.prompt_ids(prompt), as_sampling(sampling)):
+        for event in self.events(self.prompt_ids(prompt), plain(as_sampling(sampling, fields))):
             if event.text:
                 yield event.text
 
@@ -272,13 +273,25 @@ class Answer:
         )
 
 
-def as_sampling(fields: Mapping[str, Any]) -> Sampling:
-    """Sampling from keywords; `stop` may be one string. Raises UserError that names an unknown keyword."""
+def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
+    """`sampling` with `fields` changed; `stop` may be one string. Raises UserError that names an unknown keyword."""
     unknown = sorted(set(fields) - set(Sampling.__slots__))
     if unknown:
         raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(Sampling.__slots__)}.")
-    stop = fields.get("stop") or ()
-    return Sampling(**{**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    changes = dict(fields)
+    if "stop" in changes:
+        stop = changes["stop"] or ()
+        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return replace(sampling or Sampling(), **changes)
+
+
+def plain(sampling: Sampling) -> Sampling:
+    """The same, if a Completion can hold all that it asks for. Raises UserError."""
+    if sampling.n != 1:
+        raise UserError("there is one answer per prompt here.", where="n", cure="Use `Model.answers` for more.")
+    if sampling.echo or sampling.logprobs:
+        raise UserError("a Completion holds neither.", where="echo, logprobs", cure="Use `Model.events`.")
+    return sampling
 
 
 def as_message(message: Message | Mapping[str, str]) -> Message:

@@ -77,7 +77,9 @@ def duplicates(rng: random.Random, documents: Sequence[Document], count: int) ->
     originals = rng.sample(numbered, k=2 * count)
     copies = [replace(document, source=document.source + "/copy") for document in originals]
     copies[count:] = [
-        replace(copy, text=re.sub(r"number (\d+)", lambda found: f"number {int(found[1]) + 10_000}", copy.text, count=1))
+        replace(
+            copy, text=re.sub(r"number (\d+)", lambda found: f"number {int(found[1]) + 10_000}", copy.text, count=1)
+        )
         for copy in copies[count:]
     ]
     pairs = [[document.source, copy.source] for document, copy in zip(originals, copies, strict=True)]
