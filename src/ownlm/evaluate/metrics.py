@@ -58,7 +58,7 @@ def bootstrap(
     values: list[Floats] = []
     rows = max(1, CHUNK // n)
     for start in range(0, resamples, rows):
-        drawn_RN = generator.integers(0, n, (min(rows, resamples - start), n))
+        drawn_RN = generator.integers(0, n, (min(rows, resamples - start), n), dtype=np.int32)
         values.append(totals_N[drawn_RN].sum(1) / weights_N[drawn_RN].sum(1))
     low, high = np.quantile(np.concatenate(values), (0.025, 0.975))
     return float(low), float(high)
@@ -144,7 +144,7 @@ def calibration_error(
     values: list[Floats] = []
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
-        drawn_RN = generator.integers(0, n, (count, n))
+        drawn_RN = generator.integers(0, n, (count, n), dtype=np.int32)
         place_RN = bin_N[drawn_RN] + np.arange(count)[:, None] * bins
         gaps = np.bincount(place_RN.ravel(), gap_N[drawn_RN].ravel(), minlength=count * bins)
         values.append(np.abs(gaps).reshape(count, bins).sum(1) / n)
