@@ -1,7 +1,7 @@
 """Short stories whose questions can only be answered from the story itself: who is where, who has what, how many.
 
-The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. In documents a
-story is followed by what is true at its end, said as statements; in conversations a question follows it instead.
+The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. In
+documents a story is followed by what is true at its end, as statements; in conversations a question follows instead.
 """
 
 import random
