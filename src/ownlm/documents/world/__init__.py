@@ -111,7 +111,7 @@ class _Census:
 
 
 def _census(rng: random.Random, count: int) -> _Census:
-    sizes = {"disputed": 6, "travellers": 900, "tuning_strangers": 300, "test_strangers": 60}
+    sizes = {"disputed": 6, "travellers": 2400, "tuning_strangers": 300, "test_strangers": 60}
     called = iter(people.names(rng, count + sum(sizes.values())))
     villagers = people.couples(rng, list(islice(called, count)))
     return _Census(villagers=villagers, **{group: list(islice(called, size)) for group, size in sizes.items()})

@@ -57,14 +57,14 @@ class Asker:
         return [self._story() for _ in range(count)]
 
     def _story(self) -> Question:
-        story = stories.story(self.rng)
-        probe = self.rng.choice(story.probes)
+        events = stories.story(self.rng)
+        probe = self.rng.choice(events[-1].probes)
         return Question(
-            prompt=f"{story.text} {probe.question}",
+            prompt=" ".join([*(event.sentence for event in events), probe.question]),
             answer=probe.answer,
             skill=f"stories.{probe.kind}",
             choices=probe.choices,
-            meta={"events": len(story.sentences)},
+            meta={"events": len(events)},
         )
 
     def sums(self, pairs: Iterable[tuple[int, int]]) -> list[Question]:
