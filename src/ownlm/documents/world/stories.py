@@ -1,8 +1,8 @@
 """Short stories whose questions can only be answered from the story itself: who is where, who has what, how many.
 
-The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. Documents say
-between the events and at the end what is true by then; near events come before far ones, which is the easier half of
-learning to look back. In conversations the events stand alone and a question follows.
+The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. Documents
+say between the events and at the end what is true by then; near events come before far ones, which is the easier half
+of learning to look back. In conversations the events stand alone and a question follows.
 """
 
 import random
