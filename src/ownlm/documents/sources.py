@@ -116,7 +116,11 @@ def find_files(folder: Path) -> Iterator[tuple[Path, str]]:
         for name in sorted(files):
             if not name.startswith("."):
                 path = Path(root) / name
-                yield path, path.relative_to(folder).as_posix()
+                # A name need not be UTF-8; the records that keep it must be.
+                yield (
+                    path,
+                    path.relative_to(folder).as_posix().encode(errors="surrogateescape").decode(errors="replace"),
+                )
 
 
 def read_file(path: Path, name: str, *, max_bytes: int) -> Iterator[Raw | Conversation | Dropped]:
@@ -261,7 +265,11 @@ def _record(record: Any, where: str, type: str) -> Raw | Conversation:
     if isinstance(record.get("messages"), list):
         messages = []
         for turn in record["messages"]:
-            if not (isinstance(turn, Mapping) and turn.get("role") in get_args(Role) and isinstance(turn.get("content"), str)):
+            if not (
+                isinstance(turn, Mapping)
+                and turn.get("role") in get_args(Role)
+                and isinstance(turn.get("content"), str)
+            ):
                 raise Unusable("malformed messages")
             messages.append(Message(role=turn["role"], content=turn["content"]))
         if not any(message.role == "assistant" for message in messages):
