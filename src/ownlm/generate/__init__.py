@@ -1,0 +1,1 @@
+"""Text from a model: sampling, the engine, and the public `Model`."""

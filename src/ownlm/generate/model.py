@@ -1,0 +1,311 @@
+"""The public face of a model: load it, ask it, read its numbers.
+
+    load("demo") ─► Model ── generate, stream ─► Engine (KV cache, sampling)
+                          └─ logits, hidden, score, embed ─► the plain forward that training uses
+
+A prompt is a `str`, continued as raw text, or a list of messages, answered as a chat through the checkpoint's own template.
+
+Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard, cast, overload
+
+import torch
+from torch import Tensor
+
+from ownlm import device as machine
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.engine import Engine, Event
+from ownlm.generate.sampling import Sampling
+from ownlm.models.decoder import Decoder
+from ownlm.models.weights import load_model
+from ownlm.records import Completion, FinishReason, Message
+from ownlm.tokens.codec import Tokenizer
+
+Chat: TypeAlias = Sequence[Message | Mapping[str, str]]
+Prompt: TypeAlias = str | Chat
+ROLES = ("system", "user", "assistant")
+SLOTS = 64
+CACHE_SHARE = 0.25  # of the free memory, at most
+FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
+
+
+def load(
+    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> "Model":
+    """The model `name`, `name@version`, at a path, or in a Hugging Face directory, ready to generate.
+
+    dtype   of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
+    Raises NotFound, or ArtifactError when a file is damaged or missing.
+    """
+    workspace = workspace or Workspace(machine.home())
+    where = machine.torch_device(device)
+    path = Path(ref)
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        name, full_ref, digest = path.resolve().name, str(ref), ""
+    else:
+        artifact = workspace.open(ref, kind="checkpoint")
+        path, name, full_ref, digest = artifact.path, artifact.name, artifact.ref, artifact.digest
+    decoder = load_model(path, dtype=dtype or torch.float32, device=where)
+    return Model(decoder, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
+
+
+class Model:
+    """A decoder and its tokenizer. `slots` bounds how many answers are generated at the same time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "model",
+        ref: str = "",
+        digest: str = "",
+        slots: int = SLOTS,
+    ) -> None:
+        self.decoder, self.tokenizer = decoder.eval(), tokenizer
+        self.name, self.ref, self.digest = name, ref or name, digest
+        self.slots = slots
+        self.lock = threading.RLock()
+        self._engine: Engine | None = None
+        self._events: dict[int, deque[Event]] = {}
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.decoder.config.max_tokens
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.decoder.parameters())
+
+    def engine(self, slots: int | None = None) -> Engine:
+        """A new engine over this model, its cache within CACHE_SHARE of the free memory."""
+        config = self.decoder.config
+        itemsize = self.decoder.head_weight.element_size()
+        kv_size = config.attention.num_kv_heads * config.attention.head_dim
+        slot_bytes = 2 * config.num_layers * kv_size * itemsize * self.context
+        affordable = int(machine.free_memory_bytes() * CACHE_SHARE) // slot_bytes
+        return Engine(self.decoder, self.tokenizer, slots=max(1, min(slots or self.slots, affordable)))
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The tokens a prompt becomes. Raises UserError for messages of another shape."""
+        if isinstance(prompt, str):
+            # A document without its end token; a text of nothing stands where a new document begins.
+            return self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id]
+        return self.tokenizer.chat([as_message(message) for message in prompt], add_generation_prompt=True)[0]
+
+    @overload
+    def generate(self, prompt: str | Chat, sampling: Sampling | None = None, **fields: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
+    ) -> Completion | list[Completion]:
+        """The completion of a prompt, or the completions of a list of prompts in their order.
+
+        Keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, … Greedy by default.
+        Raises ContextTooLong, with the counts, before anything is generated.
+        """
+        settings = plain(as_sampling(sampling, fields))
+        if is_one(prompt):
+            return self.answers([self.prompt_ids(prompt)], settings)[0][0]
+        prompts = [self.prompt_ids(one) for one in cast(Sequence[Prompt], prompt)]
+        return [answers[0] for answers in self.answers(prompts, settings)]
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
+        """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches."""
+        engine = self.engine(min(self.slots, len(prompts) * sampling.n))
+        for prompt in prompts:
+            engine.check(prompt, sampling)
+        # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        requests = {engine.add(prompts[index], sampling): index for index in order}
+        results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
+        while not engine.idle:
+            for event in engine.step():
+                results[requests[event.request]][event.index].add(event)
+        return [
+            [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
+        ]
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
+        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
+        for event in self.events(self.prompt_ids(prompt), plain(as_sampling(sampling, fields))):
+            if event.text:
+                yield event.text
+
+    def events(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Event]:
+        """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
+        with self.lock:
+            engine = self._engine = self._engine or self.engine(min(self.slots, 8))
+            request = engine.add(prompt, sampling)
+            queue = self._events[request] = deque()
+        open_answers = sampling.n
+        try:
+            while open_answers:
+                with self.lock:
+                    if not queue:
+                        for event in engine.step():
+                            self._events[event.request].append(event)
+                    ready = list(queue)
+                    queue.clear()
+                for event in ready:
+                    open_answers -= event.finish_reason is not None
+                    yield event
+        finally:
+            with self.lock:
+                engine.cancel(request)
+                del self._events[request]
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """(B, T) token ids -> (B, T, V) float32."""
+        return self.decoder.logits(self._forward(ids)).float()
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """(B, T) token ids -> (B, T, D) final hidden states, after the last norm."""
+        return self._forward(ids)
+
+    @torch.inference_mode()
+    def embed(self, texts: str | Sequence[str]) -> Tensor:
+        """(N, D) float32: the mean of each text's final hidden states, scaled to length 1."""
+        ids = [self.prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        return self.embed_ids(ids)
+
+    @torch.inference_mode()
+    def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """`embed` for texts that are tokens already. Raises ContextTooLong."""
+        rows = torch.empty(len(ids), self.decoder.config.hidden_size)
+        for chosen, hidden_BTD in self._batches(ids):
+            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
+                rows[index] = hidden_TD[: len(ids[index])].float().mean(0).cpu()
+        return torch.nn.functional.normalize(rows, dim=-1)
+
+    def score(self, prompt: Prompt, continuation: str) -> tuple[float, ...]:
+        """The natural log-probability of each token of `continuation` after `prompt`; their sum is the text's."""
+        return self.scores([(prompt, continuation)])[0]
+
+    @torch.inference_mode()
+    def scores(self, pairs: Iterable[tuple[Prompt, str]]) -> list[tuple[float, ...]]:
+        """`score` of many (prompt, continuation) pairs, in batches of similar length. Raises ContextTooLong."""
+        split = [self.continuation_ids(prompt, continuation) for prompt, continuation in pairs]
+        results: list[tuple[float, ...]] = [()] * len(split)
+        # The last token predicts nothing that is asked for.
+        for chosen, hidden_BTD in self._batches([[*prompt, *rest][:-1] for prompt, rest in split]):
+            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
+                prompt, rest = split[index]
+                first = len(prompt) - 1
+                logprobs_TV = self.decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
+                ids_T = torch.tensor(rest, device=logprobs_TV.device)
+                results[index] = tuple(logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist())
+        return results
+
+    def continuation_ids(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of the prompt and those that the continuation adds.
+
+        Raw text is encoded as a whole and cut where the prompt ends, so that the tokens are those of natural text; spaces
+        at the end of the prompt belong to the continuation, for tokens begin with their space.
+        """
+        if not isinstance(prompt, str):
+            return self.prompt_ids(prompt), self.tokenizer.encode(continuation)
+        stem = prompt.rstrip(" ")
+        ids = self.prompt_ids(stem)
+        whole = self.prompt_ids(prompt + continuation)
+        if whole[: len(ids)] != ids or not stem:
+            return ids, self.tokenizer.encode(prompt[len(stem) :] + continuation)
+        return ids, whole[len(ids) :]
+
+    def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """(which rows, their hidden states (B, T, D)) in batches of similar length; rows are padded on the right, which a
+        causal model never sees."""
+        for row in ids:
+            if len(row) > self.context:
+                raise ContextTooLong(len(row), 0, self.context)
+            if not row:
+                raise UserError("a text has no tokens.", where="input")
+        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        while order:
+            width = len(ids[order[0]])
+            chosen, order = order[: max(1, FORWARD_TOKENS // width)], order[max(1, FORWARD_TOKENS // width) :]
+            yield chosen, self._forward([[*ids[index], *[0] * (width - len(ids[index]))] for index in chosen])
+
+    def _forward(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        tokens_BT = torch.as_tensor(ids, dtype=torch.int64, device=self.decoder.head_weight.device)
+        if tokens_BT.shape[-1] > self.context:
+            raise ContextTooLong(tokens_BT.shape[-1], 0, self.context)
+        return cast(Tensor, self.decoder(tokens_BT))
+
+
+class Answer:
+    """Gathers the events of one answer into a Completion."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: FinishReason = "length"
+
+    def add(self, event: Event) -> None:
+        self.text.append(event.text)
+        if event.token is not None:
+            assert event.token.logprob is not None
+            self.tokens.append(event.token.id)
+            self.logprobs.append(event.token.logprob)
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+    def completion(self, prompt_tokens: int) -> Completion:
+        return Completion(
+            text="".join(self.text),
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            prompt_tokens=prompt_tokens,
+        )
+
+
+def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
+    """`sampling` with `fields` changed; `stop` may be one string. Raises UserError that names an unknown keyword."""
+    unknown = sorted(set(fields) - set(Sampling.__slots__))
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(Sampling.__slots__)}.")
+    changes = dict(fields)
+    if "stop" in changes:
+        stop = changes["stop"] or ()
+        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return replace(sampling or Sampling(), **changes)
+
+
+def plain(sampling: Sampling) -> Sampling:
+    """The same, if a Completion can hold all that it asks for. Raises UserError."""
+    if sampling.n != 1:
+        raise UserError("there is one answer per prompt here.", where="n", cure="Use `Model.answers` for more.")
+    if sampling.echo or sampling.logprobs:
+        raise UserError("a Completion holds neither.", where="echo, logprobs", cure="Use `Model.events`.")
+    return sampling
+
+
+def as_message(message: Message | Mapping[str, str]) -> Message:
+    """A Message from itself or from {"role": …, "content": …}. Raises UserError."""
+    if isinstance(message, Message):
+        return message
+    if set(message) != {"role", "content"} or message["role"] not in ROLES or not isinstance(message["content"], str):
+        raise UserError(
+            f"{dict(message)!r} is not a message.",
+            cure=f'A message is {{"role": one of {", ".join(ROLES)}, "content": text}}.',
+        )
+    return Message(role=cast(Any, message["role"]), content=message["content"])
+
+
+def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
+    """True for a single prompt: a text, or a list of messages."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))

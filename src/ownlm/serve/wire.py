@@ -1,0 +1,304 @@
+"""What comes over the wire: request bodies of the OpenAI and Replicate APIs, validated once and strictly.
+
+A field is known and used, or it is refused by name: nothing is accepted and ignored. Two reviewed lists make the exceptions:
+LABELS change nothing about an answer, and NEUTRAL fields are fine as long as they ask for nothing.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import from_json
+
+from ownlm.generate.sampling import MAX_TOP_LOGPROBS, Sampling
+from ownlm.records import Message
+
+MAX_PROMPTS = 256  # prompts of one request, times n
+MAX_N = 64
+MAX_STOPS = 16
+
+# Names a client may give its request. They reach nobody and change nothing.
+LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
+# Features this server doesn't have, each with the values that don't ask for it.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none",),
+    "function_call": ("none",),
+    "parallel_tool_calls": (True, False),  # says how to call tools, and there are none
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "best_of": (1,),
+    "suffix": ("",),
+}
+
+Text = Annotated[str, StringConstraints(strict=True)]
+Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(strict=True, ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class BadRequest(Exception):
+    """A request that can't be served as it is: HTTP status, sentence, and the field it is about."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+
+class Wire(BaseModel):
+    """A request body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    labels: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: Text
+
+
+class WireMessage(Wire):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    def message(self) -> Message:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return Message(role="system" if self.role == "developer" else self.role, content=content)
+
+
+class StreamOptions(Wire):
+    include_usage: Flag = False
+    # Padding against eavesdroppers who count bytes; asking for none is fine.
+    include_obfuscation: Literal[False] = False
+
+
+class Generation(Wire):
+    """What chat and completion requests share."""
+
+    labels = LABELS
+    neutral = NEUTRAL
+
+    model: Text
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count | None = None
+    seed: Seed | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stream: Flag = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @model_validator(mode="after")
+    def _streams(self) -> "Generation":
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    def settings(self, **more: Any) -> Sampling:
+        """The sampler's settings."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            n=self.n,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            **more,
+        )
+
+
+class ChatRequest(Generation):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[WireMessage], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: Flag = False
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatRequest":
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit and differ")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+    def sampling(self) -> Sampling:
+        return self.settings(max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=self.top_logprobs or 0)
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions"""
+
+    prompt: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] = 16  # OpenAI's default
+    echo: Flag = False
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "CompletionRequest":
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens=0 needs echo=true")
+        if len(self.prompts()) * self.n > MAX_PROMPTS:
+            raise ValueError(f"prompts times n must be at most {MAX_PROMPTS}")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, as text or tokens."""
+        return each(self.prompt)
+
+    def sampling(self) -> Sampling:
+        return self.settings(max_tokens=self.max_tokens, echo=self.echo, logprobs=self.logprobs or 0)
+
+
+class EmbeddingRequest(Wire):
+    """POST /v1/embeddings"""
+
+    labels = LABELS
+
+    model: Text
+    input: (
+        Annotated[str, StringConstraints(strict=True, min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[str, StringConstraints(strict=True, min_length=1)]],
+            Field(min_length=1, max_length=2048),
+        ]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Count | None = None
+
+    def texts(self) -> list[str | list[int]]:
+        """Every input, as text or tokens."""
+        return each(self.input)
+
+
+class PredictionInput(Wire):
+    """The `input` of a Replicate prediction, with the names that language models have there.
+
+    The prompt is asked as a user's message. With `prompt_template`, the text it makes of {prompt} and {system_prompt} is
+    continued as it stands.
+    """
+
+    prompt: Text
+    system_prompt: Text = ""
+    prompt_template: Text | None = None
+    max_tokens: Count | None = None
+    max_new_tokens: Count | None = None
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count | None = None
+    seed: Seed | None = None
+    stop_sequences: Text | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = ""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "PredictionInput":
+        if self.max_tokens and self.max_new_tokens and self.max_tokens != self.max_new_tokens:
+            raise ValueError("max_tokens and max_new_tokens are two names of one limit and differ")
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError("prompt_template has no {prompt}")
+        return self
+
+    def question(self) -> str | list[Message]:
+        """Raw text, or the messages to answer."""
+        if self.prompt_template is not None:
+            return self.prompt_template.replace("{system_prompt}", self.system_prompt).replace("{prompt}", self.prompt)
+        system = [Message(role="system", content=self.system_prompt)] if self.system_prompt else []
+        return [*system, Message(role="user", content=self.prompt)]
+
+    def sampling(self) -> Sampling:
+        stops = self.stop_sequences
+        if isinstance(stops, str):  # Replicate's models take them separated by commas
+            stops = [stop for stop in stops.split(",") if stop]
+        return Sampling(
+            max_tokens=self.max_tokens or self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=tuple(stops),
+        )
+
+
+class PredictionRequest(Wire):
+    """POST /v1/predictions and /v1/models/{owner}/{name}/predictions"""
+
+    input: PredictionInput
+    version: Text | None = None
+    stream: Flag = False
+
+
+W = TypeVar("W", bound=Wire)
+
+
+def parse(cls: type[W], body: bytes) -> W:
+    """The request in a body of JSON. Raises BadRequest with every fault, naming each field."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as fault:
+        raise BadRequest(f"The body is not valid JSON: {fault}.", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise BadRequest(f"The body must be a JSON object, not {type(data).__name__}.", code="invalid_json")
+    faults: list[tuple[str, str]] = []
+    fields: dict[str, Any] = {}
+    for name, value in data.items():
+        if name in cls.model_fields:
+            if value is not None or cls.model_fields[name].is_required():
+                fields[name] = value
+        elif name in cls.neutral:
+            if value is not None and value not in cls.neutral[name]:
+                faults.append((name, f"{name} is not supported by this server: leave it out."))
+        elif name not in cls.labels:
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            faults.append((name, f"Unknown field {name}.{f' Did you mean {near[0]}?' if near else ''}"))
+    try:
+        request = cls.model_validate(fields)
+    except ValidationError as error:
+        faults += [told(dict(fault)) for fault in error.errors(include_url=False, include_context=False)]
+    if faults:
+        messages = dict.fromkeys(message for _, message in faults)
+        raise BadRequest(" ".join(list(messages)[:8]), param=faults[0][0] or None)
+    return request
+
+
+def each(value: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One text, one list of tokens, or several of either -> the list of them."""
+    if isinstance(value, str):
+        return [value]
+    tokens = [item for item in value if isinstance(item, int)]
+    return [tokens] if tokens else [item for item in value if not isinstance(item, int)]
+
+
+def told(fault: Mapping[str, Any]) -> tuple[str, str]:
+    """(field, sentence) of one of pydantic's errors."""
+    # A union adds its members' names to the place; the field is what the client wrote.
+    place = [str(step) for step in fault["loc"] if isinstance(step, int) or step.isidentifier()]
+    path = "".join(f"[{step}]" if step.isdigit() else f".{step}" for step in place).removeprefix(".")
+    name = place[0] if place else ""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        return name, f"Unknown field {path}."
+    if fault["type"] == "missing":
+        return name, f"Missing field {path}."
+    return name, f"{path}: {message}." if path else f"{message[:1].upper()}{message[1:]}."
