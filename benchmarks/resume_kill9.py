@@ -103,7 +103,9 @@ def prove(kills: int, seed: int, root: Path) -> bool:
     states = [checkpoint.load(folder, Reporter.silent()) for folder in (unbroken, killed)]
     assert states[0] is not None
     assert states[1] is not None
-    print(f"{done} kills with SIGKILL, {while_writing} of them while a state was being written; unbroken {seconds:.1f} s")
+    print(
+        f"{done} kills with SIGKILL, {while_writing} of them while a state was being written; unbroken {seconds:.1f} s"
+    )
     checks = {"steps": states[0].step == states[1].step == STEPS, "kills": done == kills}
     for name, tensor in states[0].tensors.items():
         other = states[1].tensors[name]

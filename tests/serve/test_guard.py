@@ -6,10 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import running
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
+from conftest import running
 from ownlm.errors import UserError
 from ownlm.serve import create_app, serve
 from ownlm.serve.guard import Keys, check_access, host_allowed

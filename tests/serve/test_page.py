@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import running, slow
 
+from conftest import running, slow
 from ownlm.generate.model import Model
 from tiny import tiny_model
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import running, slow
 
+from conftest import running, slow
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
 from ownlm.generate.model import Model
