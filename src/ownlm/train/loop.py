@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ownlm.artifact import storage, write_atomic
 from ownlm.errors import Interrupted, UserError
@@ -251,12 +252,15 @@ def to_device(batch: Batch, target: torch.device) -> Batch:
     """The batch with its tensors on `target`; itself where they are there."""
     if target.type == "cpu":
         return batch
-    move = lambda tensor: None if tensor is None else tensor.to(target, non_blocking=True)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(target, non_blocking=True)
+
     return Batch(
-        tokens_BT=batch.tokens_BT.to(target, non_blocking=True),
-        targets_BT=batch.targets_BT.to(target, non_blocking=True),
-        positions_BT=move(batch.positions_BT),
-        documents_BT=move(batch.documents_BT),
+        tokens_BT=move(batch.tokens_BT),
+        targets_BT=move(batch.targets_BT),
+        positions_BT=None if batch.positions_BT is None else move(batch.positions_BT),
+        documents_BT=None if batch.documents_BT is None else move(batch.documents_BT),
         num_trained=batch.num_trained,
     )
 
@@ -272,8 +276,8 @@ def keep_freed_memory() -> None:
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)  # type: ignore[no-untyped-call]
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)  # type: ignore[no-untyped-call]
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 @contextmanager

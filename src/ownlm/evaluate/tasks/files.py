@@ -49,9 +49,9 @@ def read_rows(path: Path) -> list[Row]:
     """The JSON objects of a file."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}.")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    open_text = gzip.open if path.suffix == ".gz" else open
     rows: list[Row] = []
-    with opened as file:
+    with open_text(path, "rt", encoding="utf-8") as file:
         try:
             for line in file:
                 if line.strip():
