@@ -49,17 +49,6 @@ def read_rows(path: Path) -> list[Row]:
     """The JSON objects of a file."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}.")
-<<<<<<< HEAD
-    open_text = gzip.open if path.suffix == ".gz" else open
-    rows: list[Row] = []
-    with open_text(path, "rt", encoding="utf-8") as file:
-        try:
-            for line in file:
-                if line.strip():
-                    rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, gzip.BadGzipFile) as fault:
-            raise UserError(f"not a JSON object: {fault}.", where=f"{path}:{len(rows) + 1}") from None
-=======
     rows: list[Row] = []
     try:
         data = path.read_bytes()
@@ -69,7 +58,6 @@ def read_rows(path: Path) -> list[Row]:
                 rows.append(dict(json.loads(line)))
     except (ValueError, TypeError, EOFError, gzip.BadGzipFile) as fault:
         raise UserError(f"not a JSON object: {fault}.", where=f"{path}:{len(rows) + 1}") from None
->>>>>>> evaluate
     return rows
 
 
