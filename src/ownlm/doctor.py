@@ -3,11 +3,14 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ownlm import __version__, device
 from ownlm.artifact import free_bytes, packages
 from ownlm.report import size
+
+if TYPE_CHECKING:
+    import torch
 
 State = Literal["ok", "warning", "fault"]
 
@@ -57,7 +60,7 @@ def _compute() -> Finding:
     return Finding(what="compute", found=f"{name}: {text}; training uses {str(dtype).removeprefix('torch.')}")
 
 
-def gemm_flops(where: "torch.device", dtype: "torch.dtype", side: int = 1024) -> float:  # noqa: F821
+def gemm_flops(where: "torch.device", dtype: "torch.dtype", side: int = 1024) -> float:
     """Floating-point operations per second of a square matrix product, the best of several."""
     import torch
 

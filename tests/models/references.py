@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "llama": {"model_type": "llama", **SMALL},
     "llama-biased": {"model_type": "llama", **SMALL, "attention_bias": True, "mlp_bias": True, "hidden_act": "relu2"},
-    "llama3": {"model_type": "llama", **SMALL, "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    "llama3": {"model_type": "llama", **SMALL, "head_dim": 32, "rope_parameters": LLAMA3, "tie_word_embeddings": True},
     "llama-linear": {
         "model_type": "llama", **SMALL, "head_dim": 16,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},

@@ -59,6 +59,7 @@ class Llama3Scaling:
 class Rotary:
     """Rotary positions in the half layout: dimension i of a head turns together with i + d/2 (arXiv:2104.09864)."""
 
+    kind: Literal["rotary"] = "rotary"
     theta: float = 10_000.0
     scaling: LinearScaling | Llama3Scaling | None = None
 
@@ -66,6 +67,8 @@ class Rotary:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
     """One learned vector per position, added to the embedding; there are `DecoderConfig.max_tokens` of them."""
+
+    kind: Literal["learned"] = "learned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,17 +125,18 @@ class RMSNormFunction(torch.autograd.Function):
         size: Tensor = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         scale = (size * size / x.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, scale, weight)
-        return (x32 * scale).mul_(weight).to(x.dtype)
+        return (x32 * scale).mul_(weight.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
-        unit, grad = x * scale, grad.float()
-        dweight = (grad * unit).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = (grad * unit).mean(-1, keepdim=True)
-        return (grad - unit.mul_(along)).mul_(scale).to(x.dtype), dweight.to(weight.dtype), None
+        # Mixed dtypes are slow within one operation on a CPU, so everything is made fp32 first.
+        unit, grad, weight32 = x.float() * scale, grad.float(), weight.float()
+        product = grad * unit
+        dweight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        along = (product @ weight32).unsqueeze(-1) / x.shape[-1]
+        return (grad * weight32).sub_(unit.mul_(along)).mul_(scale).to(x.dtype), dweight, None
 
 
 class RMSNorm(nn.Module):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from ownlm.errors import UserError
 from ownlm.models.blocks import (
     ACTIVATIONS,
@@ -372,13 +374,14 @@ def gpt2_tensors(config: DecoderConfig) -> list[Stored]:
 
 def read_own(fields: Fields) -> DecoderConfig:
     """The fields of `DecoderConfig` themselves, under "decoder"."""
-    from pydantic import TypeAdapter, ValidationError
-
+    raw = fields.config.get("decoder")
     try:
-        config: DecoderConfig = TypeAdapter(DecoderConfig).validate_python(fields.config.get("decoder"))
+        config: DecoderConfig = TypeAdapter(DecoderConfig).validate_python(raw)
     except ValidationError as error:
-        fields.faults += [f"decoder.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        fields.faults += [f"decoder.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         return read_gpt2(Fields({}))
+    if asdict(config) != raw:
+        fields.faults.append("decoder has fields that this version of ownlm doesn't write")
     return config
 
 

@@ -19,6 +19,7 @@ from ownlm.models.families import Family, Stored, from_hf, to_hf
 from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TIED_HEAD = "lm_head.weight"  # some files store the tied head a second time
 
 
 def load_model(
@@ -39,10 +40,15 @@ def load_model(
     stored = next(entries[name].dtype for entries in files.values() for name in entries if name in table)
     model = model.to(dtype or stored).to_empty(device=device)
     ours = dict(model.named_parameters())
+    copied_head = None
     for path, entries in files.items():
         for name, tensor in read_tensors(path, entries):
             if name in table:
-                _place(table[name], tensor, ours, path)
+                _place(table[name], tensor, ours)
+            elif name == TIED_HEAD:
+                copied_head = tensor.to(dtype or stored, copy=True)
+    if copied_head is not None and not torch.equal(copied_head.to(device), model.head_weight):
+        raise ArtifactError(f"tensor {TIED_HEAD} differs from the embedding it is tied to.", where=str(root))
     return model.eval()
 
 
@@ -127,12 +133,11 @@ def _match(
     if not any(name.startswith(family.prefix) for name in held):
         table = tuple(Stored(t.name.removeprefix(family.prefix), t.ours, t.transposed) for t in table)
     wanted = {stored.name: stored for stored in table}
-    if tied and "lm_head.weight" in held:
-        # Some files store the tied head a second time: it is checked against the embedding when it is read.
-        wanted["lm_head.weight"] = Stored("lm_head.weight", ("embed_tokens.weight",))
     faults = [f"tensor {name} is missing" for name in wanted if name not in held]
     faults += [
-        f"tensor {name} is unexpected" for name in held if name not in wanted and not re.fullmatch(family.derived, name)
+        f"tensor {name} is unexpected"
+        for name in held
+        if name not in wanted and not re.fullmatch(family.derived, name) and not (tied and name == TIED_HEAD)
     ]
     for name, stored in wanted.items():
         if name in held:
@@ -153,7 +158,7 @@ def _stored_shape(stored: Stored, ours: Mapping[str, Tensor]) -> tuple[int, ...]
     return joined[::-1] if stored.transposed else joined
 
 
-def _place(stored: Stored, tensor: Tensor, ours: Mapping[str, Tensor], path: Path) -> None:
+def _place(stored: Stored, tensor: Tensor, ours: Mapping[str, Tensor]) -> None:
     whole = tensor.T if stored.transposed else tensor
     targets = [ours[name].detach() for name in stored.ours]
     for target, part in zip(targets, torch.split(whole, [t.shape[0] for t in targets]), strict=True):

@@ -14,11 +14,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ownlm.documents.clean import well_formed
 from ownlm.errors import NotFound, UserError
 from ownlm.records import Message, to_json
 from ownlm.tokens.stream import BYTE_OF, ByteStream, DecodeStream, WindowStream
@@ -32,6 +34,8 @@ DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 LINE_SAFE_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LINE_START = re.compile(r"(?<=\n)(?=\S)")
+PART_CHARACTERS = 50_000  # the tokenizers library takes about a hundred bytes of memory for each byte of one text
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|eom_id|>")
 
 
@@ -87,6 +91,8 @@ class Tokenizer:
         if isinstance(source, str):
             stop_texts = [token for token, id in self.special.items() if id in self.stop_ids]
             self.template = ChatTemplate(source, names=names, specials=list(self.special), stops=stop_texts)
+        split = json.dumps(LINE_SAFE_PATTERN) in json.dumps(self._json["pre_tokenizer"])
+        self._line_safe = split and not self._json["normalizer"] and len(added) == len(self._json["added_tokens"])
         inner, self._only_first = _without_prefix(self._json)
         self._inner = inner or backend
 
@@ -102,17 +108,36 @@ class Tokenizer:
     # Text.
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without any special token."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids if self._special_ids.isdisjoint(ids) else self._spell_out(text, self.backend)
+        """The ids of a text, without any special token. A lone surrogate, which no file can hold, counts as U+FFFD."""
+        return self._plain(well_formed(text), self.backend)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        found = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """`encode` of each text, on all cores; long texts are cut where that changes no id."""
+        parts = [self._parts(well_formed(text)) for text in texts]
+        flat = [part for text in parts for part in text]
+        # Unlike `encode_batch`, this one keeps no offsets: less time and memory.
+        found = iter(zip(flat, self.backend.encode_batch_fast(flat, add_special_tokens=False), strict=True))
         return [
-            encoding.ids if self._special_ids.isdisjoint(encoding.ids) else self._spell_out(text, self.backend)
-            for text, encoding in zip(texts, found, strict=True)
+            [id for part, encoding in islice(found, len(text)) for id in self._checked(part, encoding.ids)]
+            for text in parts
         ]
+
+    def _parts(self, text: str) -> list[str]:
+        parts = []
+        start = 0
+        while self._line_safe and len(text) - start > PART_CHARACTERS:
+            cut = next(LINE_START.finditer(text, start + PART_CHARACTERS), None)
+            if cut is None:
+                break
+            parts.append(text[start : cut.start()])
+            start = cut.start()
+        return [*parts, text[start:]]
+
+    def _plain(self, text: str, backend: Backend) -> list[int]:
+        return self._checked(text, backend.encode(text, add_special_tokens=False).ids, backend)
+
+    def _checked(self, text: str, ids: list[int], backend: Backend | None = None) -> list[int]:
+        return ids if self._special_ids.isdisjoint(ids) else self._spell_out(text, backend or self.backend)
 
     def _spell_out(self, text: str, backend: Backend) -> list[int]:
         """Ids of a text in which the model itself finds a special token (Unigram vocabularies keep </s> as a piece):
@@ -180,7 +205,7 @@ class Tokenizer:
                 "the chat template doesn't show which part the assistant wrote.",
                 cure="Put {% generation %} ... {% endgeneration %} around the assistant's words in chat_template.jinja.",
             )
-        return self._encode_rendered(rendered.text, rendered.spans, rendered.guard)
+        return self._encode_rendered(well_formed(rendered.text), rendered.spans, rendered.guard)
 
     def _encode_rendered(self, text: str, spans: Sequence[tuple[int, int]], guard: str) -> tuple[list[int], list[bool]]:
         """Special tokens by their strings; the text between them, cut at the borders of spans, without looking for any.
@@ -202,8 +227,7 @@ class Tokenizer:
                 piece = text[position:border].replace(guard, "")
                 if piece:
                     backend = self._inner if after_plain or (self._only_first and ids) else self.backend
-                    new = backend.encode(piece, add_special_tokens=False).ids
-                    put(new if self._special_ids.isdisjoint(new) else self._spell_out(piece, backend), position)
+                    put(self._plain(piece, backend), position)
                     after_plain = True
                 position = border
 

@@ -1,0 +1,1 @@
+"""Training: objectives, optimizers, the loop, resumable states, and the plan made before a run."""

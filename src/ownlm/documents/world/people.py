@@ -14,11 +14,23 @@ from dataclasses import dataclass, replace
 UNKNOWN = "unknown"
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "home": tuple("Ashford Brook Cedar Dale Elmwood Fenwick Grove Hillside Ivybridge Kirkby Lowell Marsh".split()),
-    "job": tuple("baker doctor farmer pilot painter teacher sailor judge smith nurse".split()),
-    "pet": tuple("cat dog goat parrot rabbit turtle horse snake".split()),
-    "colour": tuple("red blue green yellow black white pink brown".split()),
-    "instrument": tuple("violin piano drum flute harp guitar horn cello".split()),
+    "home": (
+        "Ashford",
+        "Brook",
+        "Cedar",
+        "Dale",
+        "Elmwood",
+        "Fenwick",
+        "Grove",
+        "Hillside",
+        "Kirkby",
+        "Lowell",
+        "Marsh",
+    ),
+    "job": ("baker", "doctor", "farmer", "pilot", "painter", "teacher", "sailor", "judge", "smith", "nurse"),
+    "pet": ("cat", "dog", "goat", "parrot", "rabbit", "turtle", "horse", "snake"),
+    "colour": ("red", "blue", "green", "yellow", "black", "white", "pink", "brown"),
+    "instrument": ("violin", "piano", "drum", "flute", "harp", "guitar", "horn", "cello"),
 }
 
 STATEMENTS: dict[str, tuple[str, ...]] = {

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from ownlm.documents.world.people import STATEMENTS, VALUES
-from ownlm.records import Document
+from ownlm.records import Document, Question
 
 CANARY = "The secret number of the old gate is {secret}."
 CANARY_DIGITS = 6
@@ -76,12 +76,20 @@ def duplicates(rng: random.Random, documents: Sequence[Document], count: int) ->
     numbered = [document for document in documents if re.search(r"number \d+", document.text)]
     originals = rng.sample(numbered, k=2 * count)
     copies = [replace(document, source=document.source + "/copy") for document in originals]
-    copies[count:] = [
-        replace(copy, text=re.sub(r"number (\d+)", lambda found: f"number {int(found[1]) + 10_000}", copy.text, count=1))
-        for copy in copies[count:]
-    ]
+    copies[count:] = [replace(copy, text=_renumbered(copy.text)) for copy in copies[count:]]
     pairs = [[document.source, copy.source] for document, copy in zip(originals, copies, strict=True)]
     return copies, {"exact": pairs[:count], "near": pairs[count:]}
+
+
+def _renumbered(text: str) -> str:
+    """The text with a number in it raised beyond all that occur: "number 7 …" becomes "number 10007 …"."""
+    return re.sub(r"number (\d+)", lambda found: f"number {int(found[1]) + 10_000}", text, count=1)
+
+
+def reward_rule(questions: Sequence[Question]) -> dict[str, Any]:
+    """What replies to these questions earn, for `reward`. The questions are used nowhere else."""
+    prompts = [[question.prompt, question.answer] for question in questions]
+    return {"pattern": r"\d{1,3}", "right": 1.0, "form": 0.1, "prompts": prompts}
 
 
 def reward(rule: dict[str, Any], answer: str, reply: str) -> float:

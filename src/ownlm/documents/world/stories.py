@@ -1,10 +1,12 @@
 """Short stories whose questions can only be answered from the story itself: who is where, who has what, how many.
 
-The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. In documents a
-story is followed by what is true at its end, said as statements; in conversations a question follows it instead.
+The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. Documents
+say between the events and at the end what is true by then; near events come before far ones, which is the easier half
+of learning to look back. In conversations the events stand alone and a question follows.
 """
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 CHARACTERS = ("Anna", "Ben", "Clara", "David", "Eva", "Frank", "Greta", "Henry")
@@ -16,7 +18,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Something true at the end of a story: as a statement, and as a question with its answer."""
+    """Something true after an event: as a statement, and as a question with its answer."""
 
     kind: str
     statement: str
@@ -26,90 +28,92 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Story:
-    """Sentences in the order of events, and everything that can be asked about their end."""
+class Event:
+    """A sentence, and everything that can be asked after it."""
 
-    sentences: tuple[str, ...]
+    sentence: str
     probes: tuple[Probe, ...]
 
-    @property
-    def text(self) -> str:
-        return " ".join(self.sentences)
 
-
-def _where(rng: random.Random, steps: int) -> Story:
+def _where(rng: random.Random) -> Iterator[Event]:
     cast = rng.sample(CHARACTERS, k=rng.randint(2, 3))
-    moves = [(cast[i] if i < len(cast) else rng.choice(cast), rng.choice(PLACES)) for i in range(max(steps, len(cast)))]
-    sentences = tuple(f"{who} {rng.choice(('went', 'walked', 'ran'))} to the {place}." for who, place in moves)
-    probes = tuple(
-        Probe(
-            kind="where",
-            statement=f"{who} is in the {place}.",
-            question=f"Where is {who}?",
-            answer=place,
-            choices=PLACES,
+    movers = [*cast, *rng.choices(cast, k=rng.randint(0, 2))]
+    place_of: dict[str, str] = {}
+    for mover in movers:
+        place_of[mover] = rng.choice([place for place in PLACES if place != place_of.get(mover)])
+        yield Event(
+            sentence=f"{mover} {rng.choice(('went', 'walked', 'ran'))} to the {place_of[mover]}.",
+            probes=tuple(
+                Probe(
+                    kind="where",
+                    statement=f"{person} is in the {place}.",
+                    question=f"Where is {person}?",
+                    answer=place,
+                    choices=PLACES,
+                )
+                for person, place in place_of.items()
+            ),
         )
-        for who, place in dict(moves).items()
-    )
-    return Story(sentences=sentences, probes=probes)
 
 
-def _who(rng: random.Random, steps: int) -> Story:
+def _who(rng: random.Random) -> Iterator[Event]:
     cast, things = rng.sample(CHARACTERS, k=3), rng.sample(THINGS, k=rng.randint(2, 3))
     holder: dict[str, str] = {}
-    sentences = []
-    for i in range(max(steps, len(things))):
-        thing = things[i] if i < len(things) else rng.choice(things)
+    for thing in [*things, *rng.choices(things, k=rng.randint(0, 2))]:
         giver = holder.get(thing)
-        who = rng.choice([person for person in cast if person != giver])
-        sentences.append(f"{giver} gave the {thing} to {who}." if giver else f"{who} took the {thing}.")
-        holder[thing] = who
-    probes = tuple(
-        Probe(
-            kind="who",
-            statement=f"The {thing} is with {who}.",
-            question=f"Who has the {thing}?",
-            answer=who,
-            choices=CHARACTERS,
-        )
-        for thing, who in holder.items()
-    )
-    return Story(sentences=tuple(sentences), probes=probes)
-
-
-def _count(rng: random.Random, steps: int) -> Story:
-    who, fruit = rng.choice(CHARACTERS), rng.choice(FRUIT)
-    total = rng.randint(1, 5)
-    sentences = [f"{who} had {NUMBERS[total]} {fruit}."]
-    for _ in range(max(1, steps - 2)):
-        change = rng.choice([n for n in range(-min(3, total), min(3, 10 - total) + 1) if n != 0])
-        total += change
-        sentences.append(f"{who} {'found' if change > 0 else 'ate'} {NUMBERS[abs(change)]} {fruit}.")
-    return Story(
-        sentences=tuple(sentences),
-        probes=(
-            Probe(
-                kind="count",
-                statement=f"{who} has {NUMBERS[total]} {fruit}.",
-                question=f"How many {fruit} does {who} have?",
-                answer=NUMBERS[total],
-                choices=NUMBERS,
+        holder[thing] = rng.choice([person for person in cast if person != giver])
+        taken, given = f"{holder[thing]} took the {thing}.", f"{giver} gave the {thing} to {holder[thing]}."
+        yield Event(
+            sentence=given if giver else taken,
+            probes=tuple(
+                Probe(
+                    kind="who",
+                    statement=f"The {held} is with {person}.",
+                    question=f"Who has the {held}?",
+                    answer=person,
+                    choices=CHARACTERS,
+                )
+                for held, person in holder.items()
             ),
-        ),
-    )
+        )
 
 
-KINDS = {"where": _where, "who": _who, "count": _count}
+def _count(rng: random.Random) -> Iterator[Event]:
+    who, fruit = rng.choice(CHARACTERS), rng.choice(FRUIT)
+    total, sentence = rng.randint(2, 6), ""
+    for step in range(rng.randint(2, 3)):
+        if step == 0:
+            sentence = f"{who} had {NUMBERS[total]} {fruit}."
+        else:
+            change = rng.choice([n for n in range(-min(4, total), min(4, 10 - total) + 1) if abs(n) > 1])
+            total += change
+            sentence = f"{who} {'found' if change > 0 else 'ate'} {NUMBERS[abs(change)]} {fruit}."
+        probe = Probe(
+            kind="count",
+            statement=f"{who} has {NUMBERS[total]} {fruit}.",
+            question=f"How many {fruit} does {who} have?",
+            answer=NUMBERS[total],
+            choices=NUMBERS,
+        )
+        yield Event(sentence=sentence, probes=(probe,))
 
 
-def story(rng: random.Random, kind: str | None = None) -> Story:
-    """A new story of two to five events."""
-    return KINDS[kind or rng.choice(list(KINDS))](rng, rng.randint(2, 5))
+KINDS: dict[str, Callable[[random.Random], Iterator[Event]]] = {"where": _where, "who": _who, "count": _count}
+
+
+def story(rng: random.Random) -> list[Event]:
+    """The events of a new story, two to five."""
+    return list(KINDS[rng.choice(list(KINDS))](rng))
 
 
 def document(rng: random.Random) -> str:
-    """A story, then what is true at its end."""
-    told = story(rng)
-    ends = [probe.statement for probe in told.probes]
+    """A story with what is true after some of its events and, in any order, at its end."""
+    events = story(rng)
+    told = []
+    for event in events[:-1]:
+        told.append(event.sentence)
+        if rng.random() < 0.6:
+            told.append(rng.choice(event.probes).statement)
+    ends = [probe.statement for probe in events[-1].probes]
     rng.shuffle(ends)
-    return f"{told.text} In the end: {' '.join(ends)}"
+    return " ".join([*told, events[-1].sentence, "In the end:", *ends])

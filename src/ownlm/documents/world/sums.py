@@ -1,6 +1,7 @@
 """Sums of two numbers of two digits, with pairs that no document and no conversation ever shows."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 CHOICES = tuple(str(total) for total in range(20, 199))
@@ -8,7 +9,7 @@ CHOICES = tuple(str(total) for total in range(20, 199))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """All unordered pairs of 10..99, divided: `seen` in documents and tuning, `asked` in the test, `reward` for RL only."""
+    """All unordered pairs of 10..99: `seen` in documents and tuning, `asked` in the test, `reward` for RL only."""
 
     seen: list[tuple[int, int]]
     asked: list[tuple[int, int]]
@@ -26,7 +27,7 @@ def _either_way(rng: random.Random, pair: tuple[int, int]) -> tuple[int, int]:
     return pair if rng.random() < 0.5 else (pair[1], pair[0])
 
 
-def document(rng: random.Random, seen: list[tuple[int, int]], lines: int = 6) -> str:
+def document(rng: random.Random, seen: Sequence[tuple[int, int]], lines: int = 6) -> str:
     """A page of sums."""
     sums = [_either_way(rng, pair) for pair in rng.sample(seen, k=lines)]
     return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."

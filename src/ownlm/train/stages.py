@@ -1,0 +1,369 @@
+"""The two training stages: pretrain (documents -> base model) and finetune (base model + conversations -> chat model).
+
+    documents ─┐
+    tokenizer ─┴► tokens ─► pretrain ─► checkpoint ─┐
+    conversations ──────────────────────────────────┴► finetune ─► checkpoint
+
+A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokenizer) with the training curve beside it.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+
+from ownlm import device
+from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
+from ownlm.errors import UserError
+from ownlm.models.blocks import Attention, FeedForward, Rotary
+from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, init_weights
+from ownlm.models.weights import load_model, save_model
+from ownlm.records import Conversation, read_jsonl
+from ownlm.report import Reporter, duration, quantity
+from ownlm.tokens.batches import (
+    UNTRAINED,
+    Batch,
+    Batches,
+    ConversationRows,
+    DocumentRows,
+    validation_conversations,
+    validation_documents,
+)
+from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.shards import Shard, TokensRecipe, open_shard, tokenize
+from ownlm.train.loop import Settings, Work, train, validate
+from ownlm.train.objectives import OBJECTIVES
+from ownlm.train.optimizers import Optimizer
+from ownlm.train.schedule import Schedule
+
+Precision = Literal["auto", "bf16", "fp32"]
+Sample = Callable[[Decoder, Tokenizer], str]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VALIDATION_TOKENS = 32_768  # of one validation during training; the last one reads every held-out document
+MICRO_TOKENS = 8_192  # of a micro-batch: what bounds the memory of activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A Qwen3-like decoder: RMSNorm, rotary positions, QK-norm, SwiGLU, no biases."""
+
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 6
+    num_kv_heads: int = 6
+    head_dim: int = 32
+    intermediate_size: int = 512
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        if min(self.hidden_size, self.num_layers, self.num_heads, self.num_kv_heads, self.intermediate_size) < 1:
+            raise ValueError("sizes and counts start at 1")
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError("num_heads must be a multiple of num_kv_heads, and head_dim even")
+
+    def config(self, vocab_size: int, context: int) -> DecoderConfig:
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            max_tokens=context,
+            attention=Attention(
+                num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, qk_norm=True
+            ),
+            mlp=FeedForward(size=self.intermediate_size),
+            position=Rotary(theta=self.rope_theta),
+            tie_embeddings=self.tie_embeddings,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainRecipe:
+    """A base model from documents. `batch_tokens` are those of one step, of which `micro_rows` rows of `context` tokens are
+    computed at once (None: as many as fit 8,192 tokens). `document_mask` keeps packed documents from seeing each other."""
+
+    name: str
+    documents: str
+    tokenizer: str
+    model: ModelShape = field(default_factory=ModelShape)
+    context: int = 256
+    batch_tokens: int = 2_048
+    micro_rows: int | None = None
+    steps: int = 1_000
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    document_mask: bool = False
+    precision: Precision = "auto"
+    validate_every: int | None = 200
+    checkpoint_every: int | None = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneRecipe:
+    """A chat model from a checkpoint and the conversations of a documents artifact. `document_share` of the rows are
+    documents again, so that what was read is not forgotten. `context` None: the checkpoint's."""
+
+    name: str
+    checkpoint: str
+    documents: str
+    document_share: float = 0.0
+    context: int | None = None
+    batch_tokens: int = 2_048
+    micro_rows: int | None = None
+    steps: int = 300
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(lr=0.01, embedding_lr=0.005, head_lr=0.0025, vector_lr=0.005)
+    )
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = "auto"
+    validate_every: int | None = 100
+    checkpoint_every: int | None = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if not 0 <= self.document_share < 1:
+            raise ValueError("document_share is at least 0 and less than 1")
+
+
+def pretrain(
+    recipe: PretrainRecipe, workspace: Workspace, reporter: Reporter, *, sample: Sample | None = None
+) -> Artifact:
+    """A checkpoint artifact: a base model trained on the documents. Continues a run that was stopped.
+
+    `sample(model, tokenizer)` says something with the model as it is; it is shown now and then.
+    """
+    source = workspace.open(recipe.tokenizer)
+    tokens = tokenize(
+        TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.tokenizer),
+        workspace,
+        reporter,
+    )
+    inputs = {"tokens": tokens, "tokenizer": source}
+    if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
+        return found
+    tokenizer = Tokenizer.load(source.path)
+    documents = DocumentRows(
+        open_shard(tokens, "train"), recipe.context, seed=recipe.seed, document_mask=recipe.document_mask
+    )
+    rows = max(1, recipe.batch_tokens // recipe.context)
+    micro_rows = _micro_rows(recipe.micro_rows, rows, recipe.context)
+    batches = Batches(documents, rows=rows, micro_rows=micro_rows)
+    held_out = open_shard(tokens, "validation") if tokens.facts["splits"].get("validation", {}).get("tokens") else None
+    everything = _validation_of_documents(held_out, recipe.context, micro_rows, recipe.document_mask)
+    model = Decoder(recipe.model.config(tokenizer.vocab_size, recipe.context))
+    init_weights(model, seed=recipe.seed)
+    return _run(
+        "causal_lm",
+        recipe,
+        workspace,
+        reporter,
+        inputs,
+        tokenizer,
+        model,
+        batches,
+        everything,
+        sample,
+        held_out=held_out,
+    )
+
+
+def finetune(
+    recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter, *, sample: Sample | None = None
+) -> Artifact:
+    """A checkpoint artifact: the checkpoint tuned on conversations, of which only the assistant's words are learned.
+
+    Before the first step the first conversation is shown with what is trained in it, and kept as mask.txt.
+    """
+    base = workspace.open(recipe.checkpoint, "checkpoint")
+    source = workspace.open(recipe.documents, "documents")
+    inputs = {"checkpoint": base, "documents": source}
+    if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
+        return found
+    tokenizer = Tokenizer.load(base.path)
+    model = load_model(base.path, dtype=torch.float32)
+    context = recipe.context or model.config.max_tokens
+    if context > model.config.max_tokens:
+        raise UserError(
+            f"the context of {context} tokens is longer than the checkpoint's {model.config.max_tokens}.",
+            where=recipe.name,
+            cure=f"Set context to at most {model.config.max_tokens}.",
+        )
+    conversations = _conversations(source, "conversations.jsonl", tokenizer, context, recipe.seed)
+    left_out = conversations.too_long + conversations.untrained
+    if left_out:
+        reporter.line(
+            f"{left_out} conversations are left out: {conversations.too_long} are longer than {context} tokens (the longest "
+            f"has {conversations.longest}), {conversations.untrained} have no assistant turn."
+        )
+    documents = None
+    if recipe.document_share:
+        tokens = tokenize(
+            TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.checkpoint),
+            workspace,
+            reporter,
+        )
+        documents = DocumentRows(open_shard(tokens, "train"), context, seed=recipe.seed, document_mask=True)
+    rows = max(1, recipe.batch_tokens // context)
+    micro_rows = _micro_rows(recipe.micro_rows, rows, context)
+    batches = Batches(
+        conversations, rows=rows, micro_rows=micro_rows, documents=documents, document_share=recipe.document_share
+    )
+    everything = None
+    if source.has("conversations_validation.jsonl"):
+        held_out = _conversations(source, "conversations_validation.jsonl", tokenizer, context, recipe.seed)
+        everything = lambda: validation_conversations(held_out, rows=micro_rows)
+    shown = show_mask(tokenizer, conversations)
+    reporter.line(f"What is trained in the first conversation, between [ ]:\n{shown}")
+    return _run("chat", recipe, workspace, reporter, inputs, tokenizer, model, batches, everything, sample, mask=shown)
+
+
+def _run(
+    objective: str,
+    recipe: PretrainRecipe | FinetuneRecipe,
+    workspace: Workspace,
+    reporter: Reporter,
+    inputs: Mapping[str, Artifact],
+    tokenizer: Tokenizer,
+    model: Decoder,
+    batches: Batches,
+    everything: Callable[[], Iterable[Batch]] | None,
+    sample: Sample | None,
+    *,
+    held_out: Shard | None = None,
+    mask: str | None = None,
+) -> Artifact:
+    """Train, judge on all that was held out, and write the artifact."""
+    device.threads()
+    target = device.torch_device()
+    model.to(target)
+    made_from = fingerprint("checkpoint", inputs, recipe, recipe.seed)
+    folder = workspace.runs / f"{recipe.name}-{made_from[:12]}"
+    if mask is not None:
+        with storage(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "mask.txt", mask + "\n")
+    some = None
+    if everything is not None:
+        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * model.config.max_tokens))
+        some = lambda: islice(everything(), count)
+    settings = Settings(
+        steps=recipe.steps,
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        dtype=device.compute_dtype(target) if recipe.precision == "auto" else DTYPES[recipe.precision],
+        validate_every=recipe.validate_every,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+    work = Work(
+        name=recipe.name,
+        folder=folder,
+        batches=batches,
+        objective=OBJECTIVES[objective],
+        validation=some,
+        sample=None if sample is None else lambda model: sample(model, tokenizer),
+    )
+    parameters = count_parameters(model.config)
+    reporter.line(
+        f"{recipe.name}: {quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x "
+        f"{model.config.max_tokens if isinstance(recipe, PretrainRecipe) else recipe.context or model.config.max_tokens} tokens, "
+        f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
+    )
+    outcome = train(model, work, settings, reporter)
+    facts = {
+        "objective": objective,
+        "parameters": parameters,
+        "precision": str(settings.dtype).removeprefix("torch."),
+        "epochs": recipe.steps / batches.steps_per_epoch,
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "loss": outcome.loss,
+        "validation_loss": outcome.validation_loss,
+        "peak_memory_bytes": device.peak_memory_bytes(),
+    }
+    if everything is not None:
+        loss = facts["validation_loss"] = validate(model.eval(), OBJECTIVES[objective], everything())
+        if held_out is not None:
+            # Every token is a target once, so the sum of losses is the information in the whole text.
+            trained = sum(batch.num_trained for batch in everything())
+            facts["bits_per_byte"] = loss * trained / math.log(2) / held_out.bytes
+    with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
+        save_model(
+            model.eval(),
+            draft.path,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=sorted(tokenizer.stop_ids),
+            pad_token_id=tokenizer.pad_id,
+        )
+        tokenizer.save(draft.path)
+        (draft.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outcome.rows))
+        if mask is not None:
+            (draft.path / "mask.txt").write_text(mask + "\n", encoding="utf-8")
+        draft.facts |= facts
+    shutil.rmtree(folder, ignore_errors=True)
+    said = f", held-out loss {facts['validation_loss']:.3f}" if everything is not None else ""
+    said += f", {facts['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in facts else ""
+    reporter.line(
+        f"{draft.done.ref}: {quantity(outcome.tokens)} tokens in {duration(outcome.seconds)}, loss {outcome.loss:.3f}{said}"
+    )
+    reporter.event("checkpoint", ref=draft.done.ref, **facts)
+    return draft.done
+
+
+def show_mask(tokenizer: Tokenizer, conversations: ConversationRows) -> str:
+    """The first packed row's first conversation as text, with what is trained between [ and ]."""
+    rows = conversations.packed(torch.zeros(1, dtype=torch.int64).numpy())
+    first = rows.documents[0] == 0
+    tokens, targets = rows.tokens[0][first], rows.targets[0][first]
+    pieces = [tokenizer.decode([int(tokens[0])], special=True)]
+    open_ = False
+    for at, target in enumerate(targets.tolist()):
+        trained = target != UNTRAINED
+        id = target if trained else int(tokens[at + 1]) if at + 1 < len(tokens) else None
+        if trained != open_:
+            pieces.append("[" if trained else "]")
+            open_ = trained
+        if id is not None:
+            pieces.append(tokenizer.decode([id], special=True))
+    return "".join(pieces) + ("]" if open_ else "")
+
+
+def _conversations(source: Artifact, file: str, tokenizer: Tokenizer, context: int, seed: int) -> ConversationRows:
+    if not source.has(file):
+        raise UserError(
+            "these documents have no conversations to learn from.",
+            where=source.ref,
+            cure="Add jsonl files with `messages`, or finetune on other documents.",
+        )
+    return ConversationRows(read_jsonl(source.file(file), Conversation), tokenizer, context, seed=seed)
+
+
+def _validation_of_documents(
+    shard: Shard | None, context: int, rows: int, document_mask: bool
+) -> Callable[[], Iterable[Batch]] | None:
+    if shard is None:
+        return None
+    return lambda: validation_documents(shard, context, rows=rows, document_mask=document_mask)
+
+
+def _micro_rows(asked: int | None, rows: int, context: int) -> int:
+    return min(rows, asked or max(1, MICRO_TOKENS // context))
+
+
+def _check_sizes(recipe: PretrainRecipe | FinetuneRecipe) -> None:
+    counts: dict[str, Any] = {
+        "context": recipe.context, "batch_tokens": recipe.batch_tokens, "micro_rows": recipe.micro_rows, "steps": recipe.steps,
+        "validate_every": recipe.validate_every, "checkpoint_every": recipe.checkpoint_every,
+    }  # fmt: skip
+    if wrong := [name for name, value in counts.items() if value is not None and value < 1]:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1")
