@@ -274,7 +274,7 @@ def test_a_client_that_leaves_frees_its_slot(
         wait_until(lambda: open_requests(slow_address) == 1)
     wait_until(lambda: open_requests(slow_address) == 0)
     with pytest.raises(httpx.ReadTimeout):
-        http.post(f"{slow_address}/v1/chat/completions", json=body, timeout=httpx.Timeout(20, read=0.5))
+        http.post(f"{slow_address}/v1/chat/completions", json=body, timeout=httpx.Timeout(20, read=2))
     wait_until(lambda: open_requests(slow_address) == 0)
 
 
@@ -290,6 +290,7 @@ def test_too_many_requests_are_told_to_come_back(
         "n": 4,
     }
     with httpx.stream("POST", f"{slow_address}/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
         next(response.iter_bytes())
         refused = http.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 1})
         assert refused.status_code == 429
