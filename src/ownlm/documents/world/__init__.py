@@ -48,7 +48,7 @@ class World:
 
         people           villagers, a multiple of 4; conversations ask about the first half, questions about the other
         edition          2 is the same village later: a tenth of the people have one fact changed (truths["changes"])
-        mentions         biographies of each person, and as often each of their facts again in newspapers
+        mentions         pages about each person, and how often each of their facts stands in newspapers besides
         story_documents, sum_documents   how many of each are written (stories that came out equal count once)
         """
         assert people >= 8, people

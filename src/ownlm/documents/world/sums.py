@@ -28,9 +28,11 @@ def _either_way(rng: random.Random, pair: tuple[int, int]) -> tuple[int, int]:
 
 
 def document(rng: random.Random, seen: Sequence[tuple[int, int]], lines: int = 6) -> str:
-    """A page of sums."""
+    """A page of sums, in a row or each with its result on a line of its own."""
     sums = [_either_way(rng, pair) for pair in rng.sample(seen, k=lines)]
-    return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."
+    if rng.random() < 0.5:
+        return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."
+    return "Sums in the book" + "".join(f"\n{a} + {b}\n{a + b}" for a, b in sums)
 
 
 def question(rng: random.Random, pair: tuple[int, int]) -> tuple[str, str]:
