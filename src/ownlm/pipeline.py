@@ -7,25 +7,39 @@ A recipe file has a table for each stage (docs/decisions/0003). Each stage finds
 was stopped goes on where it was.
 """
 
+import json
+import math
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ownlm import device
 from ownlm import recipe as recipes
-from ownlm.artifact import Artifact, Workspace
+from ownlm.artifact import Artifact, Workspace, check_name, require_space, write_atomic
 from ownlm.catalog import Catalog
-from ownlm.documents.collect import DocumentsRecipe, collect
+from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.report import Reporter, duration, size
+from ownlm.tokens.shards import TokensRecipe, tokenize
 from ownlm.tokens.train import TokenizerRecipe, train_tokenizer
+from ownlm.train.plan import Corpus, Plan, make_plan, record
 from ownlm.train.samples import answers, continuations
 from ownlm.train.stages import FinetuneRecipe, PretrainRecipe, finetune, pretrain
 
 DEMO = "village-cpu.toml"
+DEFAULT_BUDGET = "10m"
+TUNING_SHARE = 0.15  # of the time for training, where there are conversations
+EVALUATION_S, EVALUATION_S_PER_MB, EVALUATED_BYTES = (
+    5.0,
+    1.0,
+    8_000_000,
+)  # xz reads at most so much, and is the slowest part
+DONE = {"documents", "tokenizer", "encoding", "planning"}  # over before the plan is shown
+NOT_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +101,177 @@ def demo(workspace: Workspace, reporter: Reporter, overrides: Sequence[str] = ()
         f"  ownlm build FOLDER --name mine     the same on your own files"
     )
     return made
+
+
+def build(
+    folder: Path,
+    *,
+    workspace: Workspace,
+    reporter: Reporter,
+    name: str | None = None,
+    budget: str | None = None,
+    params: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Artifact]:
+    """A model of the files in a folder, within a budget of time ("10m") or of parameters ("5m"); no budget: ten minutes.
+
+    Where the folder holds conversations, the model is tuned on them. `dry_run` prints the plan and trains nothing.
+    Raises UserError for a folder without usable text, or one too small for the budget.
+    """
+    seconds = None if budget is None and params is not None else parse_budget(budget or DEFAULT_BUDGET)
+    wanted = None if params is None else parse_params(params)
+    name = check_name(name or NOT_A_NAME.sub("-", folder.resolve().name).strip("-.") or "model")
+    clock, made = Clock(), {}
+    source = FolderSource(path=str(folder))
+    made["documents"] = clock.timed(
+        "documents",
+        lambda: _run("documents", DocumentsRecipe(name=f"{name}-documents", source=source), workspace, reporter),
+    )
+    splits = made["documents"].facts["splits"]
+    text_bytes = sum(int(split["bytes"]) for split in splits.values())
+    tokenizer = TokenizerRecipe(
+        name=f"{name}-tokenizer", documents=made["documents"].ref, vocab_size=vocab_size_for(text_bytes)
+    )
+    made["tokenizer"] = clock.timed("tokenizer", lambda: _run("tokenizer", tokenizer, workspace, reporter))
+    chat = made["documents"].has("conversations.jsonl")
+    base = f"{name}-base" if chat else name
+    documents, vocabulary = made["documents"].ref, made["tokenizer"].ref
+    tokens = clock.timed(
+        "encoding",
+        lambda: tokenize(
+            TokensRecipe(name=f"{base}-tokens", documents=documents, tokenizer=vocabulary), workspace, reporter
+        ),
+    )
+    plan = _planned(base, tokens, seconds, wanted, text_bytes, chat, clock, workspace, reporter, keep=not dry_run)
+    reporter.table(["plan", ""], plan.rows())
+    reporter.event("plan", **asdict(plan))
+    if dry_run:
+        return made
+    require_space(workspace.root, plan.disk_bytes)
+    made["pretrain"] = _run(
+        "pretrain", plan.recipe(base, documents=documents, tokenizer=vocabulary), workspace, reporter
+    )
+    if chat:
+        tuning = FinetuneRecipe(
+            name=name,
+            checkpoint=made["pretrain"].ref,
+            documents=documents,
+            document_share=0.3,
+            batch_tokens=plan.batch_tokens,
+            steps=max(10, round(TUNING_SHARE * plan.steps)),
+        )
+        made["finetune"] = _run("finetune", tuning, workspace, reporter)
+    scores = EvaluateRecipe(name=f"{name}-scores", checkpoint=name, documents=documents)
+    made["evaluate"] = _run("evaluate", scores, workspace, reporter)
+    _compare(plan, made, workspace, reporter)
+    _plan_file(workspace, base).unlink(missing_ok=True)
+    reporter.line(
+        f"What to try next:\n"
+        f"  ownlm {'chat ' + name if chat else 'generate ' + name + ' TEXT max_tokens=100'}\n"
+        f"  ownlm serve {name}\n"
+        f"  ownlm show {name}"
+    )
+    return made
+
+
+def vocab_size_for(text_bytes: int) -> int:
+    """A vocabulary that the text can teach: 1,024 tokens for 0.25 MB, twice as many for four times the text, 16,384 at most."""
+    return int(min(16_384, max(512, 2 ** round(10 + math.log(max(1, text_bytes) / 250_000, 4)))))
+
+
+class Clock:
+    """Seconds of each finished part of a run, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def timed(self, part: str, work: Callable[[], Artifact]) -> Artifact:
+        began = time.monotonic()
+        result = work()
+        self.seconds[part] = time.monotonic() - began
+        return result
+
+
+def _planned(
+    name: str,
+    tokens: Artifact,
+    seconds: float | None,
+    params: int | None,
+    text_bytes: int,
+    chat: bool,
+    clock: Clock,
+    workspace: Workspace,
+    reporter: Reporter,
+    *,
+    keep: bool,
+) -> Plan:
+    """The plan of this build: that of a stopped run of the same text and budget, or a new one."""
+    file = _plan_file(workspace, name)
+    key = {"tokens": tokens.digest, "seconds": seconds, "params": params}
+    if file.is_file():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            reporter.line("Going on with the plan of the run that was stopped.")
+            return recipes.validate(Plan, kept["plan"], where=str(file))
+    splits = tokens.facts["splits"]
+    corpus = Corpus(
+        train_tokens=splits["train"]["tokens"],
+        validation_tokens=splits["validation"]["tokens"],
+        vocab_size=tokens.facts["vocab_size"],
+    )
+    reserved = {"evaluation": EVALUATION_S + EVALUATION_S_PER_MB * min(text_bytes, EVALUATED_BYTES) / 1e6}
+    if chat and seconds is not None:
+        reserved["tuning"] = TUNING_SHARE * max(0.0, seconds - sum(clock.seconds.values()))
+    plan = make_plan(
+        corpus,
+        workspace=workspace,
+        reporter=reporter,
+        seconds=seconds,
+        params=params,
+        spent=clock.seconds,
+        reserved=reserved,
+    )
+    if keep:
+        workspace.runs.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps({"key": key, "plan": asdict(plan)}, indent=1))
+    return plan
+
+
+def _plan_file(workspace: Workspace, name: str) -> Path:
+    return workspace.runs / f"{name}.plan.json"
+
+
+def _compare(plan: Plan, made: dict[str, Artifact], workspace: Workspace, reporter: Reporter) -> None:
+    """Show predicted beside actual, and keep the record that corrects the next prediction."""
+    actual = {
+        **plan.seconds,  # those that were over when the plan was made
+        "training": made["pretrain"].facts["stage_seconds"],
+        "evaluation": made["evaluate"].facts["seconds"],
+    }
+    if "finetune" in made:
+        actual["tuning"] = made["finetune"].facts["stage_seconds"]
+    total_s, memory = sum(actual.values()), device.peak_memory_bytes()
+    record(workspace, plan, training_s=actual["training"], total_s=total_s, peak_memory_bytes=memory)
+    rows = [(part, plan.seconds[part], seconds) for part, seconds in actual.items()]
+    reporter.table(
+        ["", "predicted", "actual", "off by"],
+        [
+            *(
+                [part, duration(a), duration(b), f"{b / max(a, 0.1) - 1:+.0%}"]
+                for part, a, b in rows
+                if part not in DONE
+            ),
+            ["time in all", duration(plan.total_s), duration(total_s), f"{total_s / plan.total_s - 1:+.0%}"],
+            ["peak memory", size(plan.peak_memory_bytes), size(memory), f"{memory / plan.peak_memory_bytes - 1:+.0%}"],
+        ],
+    )
+    reporter.event(
+        "build",
+        predicted_s=plan.total_s,
+        actual_s=total_s,
+        predicted_bytes=plan.peak_memory_bytes,
+        actual_bytes=memory,
+    )
 
 
 def run_stage(stage: str, path: Path, overrides: Sequence[str], workspace: Workspace, reporter: Reporter) -> Artifact:

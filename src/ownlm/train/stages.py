@@ -10,6 +10,7 @@ A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokeni
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -279,6 +280,7 @@ def _run(
         f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
     )
     outcome = train(model, work, settings, reporter)
+    ended = time.perf_counter()
     facts = {
         "objective": objective,
         "parameters": parameters,
@@ -297,6 +299,7 @@ def _run(
             # Every token is a target once, so the sum of losses is the information in the whole text.
             trained = sum(batch.num_trained for batch in everything())
             facts["bits_per_byte"] = loss * trained / math.log(2) / held_out.bytes
+    facts["stage_seconds"] = outcome.seconds + time.perf_counter() - ended  # with the last validation
     with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
         save_model(
             model.eval(),
