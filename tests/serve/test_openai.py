@@ -270,7 +270,8 @@ def test_a_client_that_leaves_frees_its_slot(
 ) -> None:
     body: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "seed": 1, "max_tokens": 3000}
     with httpx.stream("POST", f"{slow_address}/v1/chat/completions", json={**body, "stream": True}) as response:
-        next(response.iter_bytes())
+        pieces = response.iter_bytes()  # httpx hangs up when nobody holds this any more
+        next(pieces)
         wait_until(lambda: open_requests(slow_address) == 1)
     wait_until(lambda: open_requests(slow_address) == 0)
     with pytest.raises(httpx.ReadTimeout):
@@ -291,7 +292,8 @@ def test_too_many_requests_are_told_to_come_back(
     }
     with httpx.stream("POST", f"{slow_address}/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
-        next(response.iter_bytes())
+        pieces = response.iter_bytes()  # httpx hangs up when nobody holds this any more
+        next(pieces)
         refused = http.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 1})
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"

@@ -212,8 +212,8 @@ const visible = (token) => token.replace(/ /g, "␣").replace(/\n/g, "⏎").repl
 function show(span) {
   document.querySelector(".token.current")?.classList.remove("current");
   span.classList.add("current");
-  const table = element("table");
-  for (const token of details.get(span)) {
+  const tables = details.get(span).map((token) => {
+    const table = element("table");
     const listed = token.top_logprobs.some((other) => other.token === token.token);
     for (const entry of listed ? token.top_logprobs : [token, ...token.top_logprobs]) {
       const row = table.insertRow();
@@ -227,8 +227,9 @@ function show(span) {
       number.className = "number";
       number.textContent = percent(entry.logprob);
     }
-  }
-  tooltip.replaceChildren(table);
+    return table;
+  });
+  tooltip.replaceChildren(...tables);
   tooltip.hidden = false;
   const place = span.getClientRects()[0], box = tooltip.getBoundingClientRect();
   const above = place.top - box.height - 8;
