@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at random moments, again and again, and compare it bit by bit with an unbroken one.
 
-    python benchmarks/resume_kill9.py [--kills 25] [--seed 0]
+    python benchmarks/resume_kill9.py [--kills 25] [--steps 300] [--seed 0]
 
 A state is written every second step, so that many kills fall into the writing of one. Each attempt is a new process (forked
 from one that has imported torch but never used it, to save the start-up). Prints the proof; exits with 1 if a bit differs.
@@ -34,12 +34,12 @@ from ownlm.train.optimizers import Optimizer
 from ownlm.train.schedule import Schedule
 from ownlm.train.stages import ModelShape
 
-STEPS, CHECKPOINT_EVERY = 300, 2
+CHECKPOINT_EVERY = 2
 NEVER_REAP = os.WEXITED | os.WNOHANG | os.WNOWAIT
 SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=64)
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, steps: int) -> None:
     """Train to the end in this process; every batch is noted with the step it was used in."""
     device.threads()
     texts = [f"Line {number}: {number * number} apples and {number % 7} pears.\n" * 3 for number in range(200)]
@@ -54,7 +54,7 @@ def run(folder: Path) -> None:
         return causal_lm(model, batch)
 
     settings = Settings(
-        steps=STEPS, optimizer=Optimizer(), schedule=Schedule(), dtype=torch.bfloat16, checkpoint_every=CHECKPOINT_EVERY
+        steps=steps, optimizer=Optimizer(), schedule=Schedule(), dtype=torch.bfloat16, checkpoint_every=CHECKPOINT_EVERY
     )
     model = init_weights(Decoder(SHAPE.config(tokenizer.vocab_size, 32)), seed=3)
     train(model, Work(name="run", folder=folder, batches=batches, objective=noted), settings, Reporter.silent())
@@ -78,15 +78,17 @@ def newest(folder: Path) -> str:
     return max((path.name for path in folder.glob("state-*")), default="")
 
 
-def prove(kills: int, seed: int, root: Path) -> bool:
+def prove(kills: int, steps: int, seed: int, root: Path) -> bool:
     unbroken, killed = root / "unbroken", root / "killed"
     began = time.perf_counter()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, unbroken)), 0)[1]) == 0, "the unbroken run failed"
+    assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, unbroken, steps)), 0)[1]) == 0, (
+        "the unbroken run failed"
+    )
     seconds = time.perf_counter() - began
     chance = random.Random(seed)
     done = while_writing = 0
     while done < kills:
-        process, before = start(partial(run, killed)), newest(killed)
+        process, before = start(partial(run, killed, steps)), newest(killed)
         # Two of three attempts come further than the last; the others die anywhere, at their start too.
         patient = done % 3 != 0
         while patient and newest(killed) == before and os.waitid(os.P_PID, process, NEVER_REAP) is None:
@@ -99,14 +101,16 @@ def prove(kills: int, seed: int, root: Path) -> bool:
         done += 1
         while_writing += any(killed.glob(".state-*"))
     if done == kills:
-        assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, killed)), 0)[1]) == 0, "the last attempt failed"
+        assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, killed, steps)), 0)[1]) == 0, (
+            "the last attempt failed"
+        )
     states = [checkpoint.load(folder, Reporter.silent()) for folder in (unbroken, killed)]
     assert states[0] is not None
     assert states[1] is not None
     print(
         f"{done} kills with SIGKILL, {while_writing} of them while a state was being written; unbroken {seconds:.1f} s"
     )
-    checks = {"steps": states[0].step == states[1].step == STEPS, "kills": done == kills}
+    checks = {"steps": states[0].step == states[1].step == steps, "kills": done == kills}
     for name, tensor in states[0].tensors.items():
         other = states[1].tensors[name]
         checks[f"{name} {tuple(tensor.shape)} {tensor.dtype}"] = bool(
@@ -142,10 +146,11 @@ def replay(wanted: list[str], seen: list[str]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        return 0 if prove(options.kills, options.seed, Path(root)) else 1
+        return 0 if prove(options.kills, options.steps, options.seed, Path(root)) else 1
 
 
 if __name__ == "__main__":

@@ -1,64 +1,14 @@
-"""Live servers on free ports: real uvicorn, real sockets, a tiny random model."""
+"""Servers that the tests of this folder share."""
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from ownlm.artifact import Workspace
+from live import running, slow
 from ownlm.generate.model import Model
-from ownlm.serve import serve
 from tiny import tiny_model
-
-
-@contextmanager
-def running(model: Model, folder: Path, **options: Any) -> Iterator[str]:
-    """The address of a server that runs inside the block."""
-    started: queue.Queue[Any] = queue.Queue()
-
-    def work() -> None:
-        try:
-            serve(
-                model,
-                port=options.pop("port", 0),
-                workspace=Workspace(folder),
-                ready=lambda server, address: started.put((server, address)),
-                **options,
-            )
-        except BaseException as fault:  # noqa: BLE001  (it belongs to the test, not to this thread)
-            started.put(fault)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    found = started.get(timeout=60)
-    if isinstance(found, BaseException):
-        thread.join()
-        raise found
-    server, address = found
-    try:
-        yield address
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def slow(model: Model, seconds: float) -> Model:
-    """The same model, each step at least this long."""
-    forward = model.decoder.forward
-
-    def delayed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
-
-    model.decoder.forward = delayed  # type: ignore[method-assign]
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from conftest import running
+from live import http, running
 from ownlm.errors import UserError
 from ownlm.serve import create_app, serve
 from ownlm.serve.guard import Keys, check_access, host_allowed
@@ -52,7 +52,7 @@ def test_every_guarded_route_needs_a_key(locked: str) -> None:
             {"authorization": KEY},
             {"authorization": f"Basic {KEY}"},
         ):
-            refused = httpx.get(locked + path, headers=headers)
+            refused = http.get(locked + path, headers=headers)
             assert refused.status_code == 401, path
             assert refused.json()["error"]["code"] == "invalid_api_key"
     for path in (
@@ -62,24 +62,24 @@ def test_every_guarded_route_needs_a_key(locked: str) -> None:
         "/v1/predictions",
         "/v1/predictions/x/cancel",
     ):
-        assert httpx.post(locked + path, json=BODY).status_code == 401
-        assert httpx.get(locked + path).status_code == 401
+        assert http.post(locked + path, json=BODY).status_code == 401
+        assert http.get(locked + path).status_code == 401
     for key in (KEY, OTHER):
-        assert httpx.get(f"{locked}/v1/models", headers=bearer(key)).status_code == 200
+        assert http.get(f"{locked}/v1/models", headers=bearer(key)).status_code == 200
     for path in ("/", "/style.css", "/chat.js", "/favicon.svg", "/health"):
-        assert httpx.get(locked + path).status_code == 200
-    assert httpx.get(f"{locked}/nowhere", headers=bearer(KEY)).status_code == 404
-    assert httpx.get(f"{locked}/v1/chat/completions", headers=bearer(KEY)).status_code == 405
+        assert http.get(locked + path).status_code == 200
+    assert http.get(f"{locked}/nowhere", headers=bearer(KEY)).status_code == 404
+    assert http.get(f"{locked}/v1/chat/completions", headers=bearer(KEY)).status_code == 405
 
 
 def test_a_prediction_belongs_to_its_key(locked: str) -> None:
     given = {"input": {"prompt": "x", "max_tokens": 1}}
-    made = httpx.post(
+    made = http.post(
         f"{locked}/v1/models/ownlm/tiny/predictions", json=given, headers={**bearer(KEY), "prefer": "wait"}
     ).json()
     assert made["status"] == "succeeded"
-    assert httpx.get(made["urls"]["get"], headers=bearer(KEY)).status_code == 200
-    assert httpx.get(made["urls"]["get"], headers=bearer(OTHER)).status_code == 404
+    assert http.get(made["urls"]["get"], headers=bearer(KEY)).status_code == 200
+    assert http.get(made["urls"]["get"], headers=bearer(OTHER)).status_code == 404
 
 
 def test_names_that_nobody_declared_are_refused(locked: str, address: str) -> None:
@@ -92,10 +92,10 @@ def test_names_that_nobody_declared_are_refused(locked: str, address: str) -> No
         "lm.example",
         "",
     ):
-        assert httpx.get(f"{address}/health", headers={"host": host}).status_code == 421, host
+        assert http.get(f"{address}/health", headers={"host": host}).status_code == 421, host
     for host in ("localhost", f"LOCALHOST:{port}", "127.0.0.1", "[::1]:80", "192.168.1.4:8000"):
-        assert httpx.get(f"{address}/health", headers={"host": host}).status_code == 200, host
-    assert httpx.get(f"{locked}/health", headers={"host": "lm.example:443"}).status_code == 200
+        assert http.get(f"{address}/health", headers={"host": host}).status_code == 200, host
+    assert http.get(f"{locked}/health", headers={"host": "lm.example:443"}).status_code == 200
     assert not host_allowed("[::1", ())
     assert not host_allowed("1.2.3", ())
 
@@ -108,14 +108,14 @@ def test_other_pages_are_refused(locked: str, address: str) -> None:
         address.replace("http", "https"),
         f"{address}.evil.example",
     ):
-        refused = httpx.post(f"{address}/v1/chat/completions", json=BODY, headers={"origin": origin})
+        refused = http.post(f"{address}/v1/chat/completions", json=BODY, headers={"origin": origin})
         assert refused.status_code == 403, origin
         assert "access-control-allow-origin" not in refused.headers
-    assert httpx.post(f"{address}/v1/chat/completions", json=BODY, headers={"origin": address}).status_code == 200
-    assert httpx.get(f"{locked}/health", headers={"origin": "https://lm.example"}).status_code == 200
+    assert http.post(f"{address}/v1/chat/completions", json=BODY, headers={"origin": address}).status_code == 200
+    assert http.get(f"{locked}/health", headers={"origin": "https://lm.example"}).status_code == 200
     # What a form of another page can send without the browser asking first.
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        refused = httpx.post(f"{address}/v1/chat/completions", content=b"{}", headers={"content-type": kind})
+        refused = http.post(f"{address}/v1/chat/completions", content=b"{}", headers={"content-type": kind})
         assert refused.status_code == 415
 
 
@@ -135,17 +135,17 @@ def test_sizes_are_limited(address: str) -> None:
             continue
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "body_too_large"
-    assert httpx.get(f"{address}/health", headers={"x-a": "a" * 20_000}).status_code == 431
-    assert httpx.get(f"{address}/health", headers={f"x-{number}": "a" for number in range(80)}).status_code == 431
-    assert httpx.get(f"{address}/health?{'a' * 5000}").status_code == 414
-    assert httpx.get(f"{address}/health", headers={"x-a": "a" * 100_000}).status_code in {400, 431}
-    twice = httpx.get(f"{address}/health", headers=[("authorization", "a"), ("authorization", "b")])
+    assert http.get(f"{address}/health", headers={"x-a": "a" * 20_000}).status_code == 431
+    assert http.get(f"{address}/health", headers={f"x-{number}": "a" for number in range(80)}).status_code == 431
+    assert http.get(f"{address}/health?{'a' * 5000}").status_code == 414
+    assert http.get(f"{address}/health", headers={"x-a": "a" * 100_000}).status_code in {400, 431}
+    twice = http.get(f"{address}/health", headers=[("authorization", "a"), ("authorization", "b")])
     assert twice.status_code == 400
 
 
 def test_every_answer_carries_the_security_headers(address: str) -> None:
     for path in ("/", "/health", "/v1/models", "/nowhere"):
-        headers = httpx.get(address + path).headers
+        headers = http.get(address + path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "unsafe" not in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
@@ -170,7 +170,7 @@ def test_a_server_that_others_reach_needs_a_key(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="16 printable"):
             Keys([weak])
     with running(tiny_model(), tmp_path, host="0.0.0.0", api_keys=(KEY,)) as address:
-        assert httpx.get(address.replace("0.0.0.0", "127.0.0.1") + "/v1/models", headers=bearer(KEY)).status_code == 200
+        assert http.get(address.replace("0.0.0.0", "127.0.0.1") + "/v1/models", headers=bearer(KEY)).status_code == 200
 
 
 def test_keys_are_not_kept() -> None:

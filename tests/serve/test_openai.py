@@ -15,6 +15,7 @@ from openai.types import Model as ModelCard
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
+from live import http
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
 
@@ -59,7 +60,7 @@ def streamed(address: str, path: str, body: dict[str, Any]) -> list[dict[str, An
 def test_models(client: openai.OpenAI, address: str) -> None:
     [listed] = client.models.list().data
     assert listed.id == "tiny"
-    strict(ModelCard, httpx.get(f"{address}/v1/models/tiny").json())
+    strict(ModelCard, http.get(f"{address}/v1/models/tiny").json())
     assert client.models.retrieve("tiny@1").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("other")
@@ -83,7 +84,7 @@ def test_chat_equals_the_engine(client: openai.OpenAI, address: str, model: Mode
         "top_logprobs": 3,
         "seed": 1,
     }
-    strict(ChatCompletion, httpx.post(f"{address}/v1/chat/completions", json=body).json())
+    strict(ChatCompletion, http.post(f"{address}/v1/chat/completions", json=body).json())
 
 
 def test_chat_streams_the_same(address: str, client: openai.OpenAI) -> None:
@@ -182,7 +183,7 @@ def test_completions_of_text_and_tokens(address: str, client: openai.OpenAI, mod
     one = client.completions.create(model="tiny", prompt=model.tokenizer.encode("one"), seed=1)
     assert one.choices[0].text == expected[0].text
     body = {"model": "tiny", "prompt": prompts, "n": 2, "seed": 1, "logprobs": 1, "max_tokens": 6, "echo": True}
-    whole = httpx.post(f"{address}/v1/completions", json=body).json()
+    whole = http.post(f"{address}/v1/completions", json=body).json()
     answers = model.answers(
         [model.prompt_ids(prompt) for prompt in prompts], Sampling(n=2, temperature=1, seed=1, max_tokens=6)
     )
@@ -196,7 +197,7 @@ def test_completions_of_text_and_tokens(address: str, client: openai.OpenAI, mod
         for field in ("tokens", "token_logprobs", "text_offset"):
             assert [value for part in parts for value in part["logprobs"][field]] == choice["logprobs"][field]
     del body["echo"]
-    strict(Completion, httpx.post(f"{address}/v1/completions", json=body).json())
+    strict(Completion, http.post(f"{address}/v1/completions", json=body).json())
     for chunk in streamed(address, "/v1/completions", body):
         assert chunk["object"] == "text_completion"
 
@@ -209,9 +210,9 @@ def test_embeddings(address: str, client: openai.OpenAI, model: Model) -> None:
     np.testing.assert_allclose([item.embedding for item in reply.data], reference, atol=1e-5)
     assert reply.usage.prompt_tokens == 16
     body = {"model": "tiny", "input": texts, "encoding_format": "float"}
-    plain = strict(CreateEmbeddingResponse, httpx.post(f"{address}/v1/embeddings", json=body).json())
+    plain = strict(CreateEmbeddingResponse, http.post(f"{address}/v1/embeddings", json=body).json())
     np.testing.assert_allclose(plain.data[1].embedding, reference[1], atol=1e-5)
-    raw = httpx.post(f"{address}/v1/embeddings", json={**body, "encoding_format": "base64"}).json()["data"][0][
+    raw = http.post(f"{address}/v1/embeddings", json={**body, "encoding_format": "base64"}).json()["data"][0][
         "embedding"
     ]
     np.testing.assert_allclose(struct.unpack("<32f", base64.b64decode(raw)), reference[0], atol=1e-5)
@@ -260,7 +261,7 @@ def test_content_parts_and_developer_messages(client: openai.OpenAI) -> None:
 
 
 def open_requests(address: str) -> float:
-    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    lines = http.get(f"{address}/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_"))
 
 
@@ -273,7 +274,7 @@ def test_a_client_that_leaves_frees_its_slot(
         wait_until(lambda: open_requests(slow_address) == 1)
     wait_until(lambda: open_requests(slow_address) == 0)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{slow_address}/v1/chat/completions", json=body, timeout=httpx.Timeout(5, read=0.3))
+        http.post(f"{slow_address}/v1/chat/completions", json=body, timeout=httpx.Timeout(20, read=2))
     wait_until(lambda: open_requests(slow_address) == 0)
 
 
@@ -289,13 +290,14 @@ def test_too_many_requests_are_told_to_come_back(
         "n": 4,
     }
     with httpx.stream("POST", f"{slow_address}/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
         next(response.iter_bytes())
-        refused = httpx.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 1})
+        refused = http.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 1})
         assert refused.status_code == 429
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["code"] == "queue_full"
     wait_until(lambda: open_requests(slow_address) == 0)
-    assert httpx.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 5}).status_code == 400
+    assert http.post(f"{slow_address}/v1/chat/completions", json={**body, "n": 5}).status_code == 400
 
 
 def test_a_broken_step_ends_its_requests_and_not_the_server(
@@ -309,4 +311,4 @@ def test_a_broken_step_ends_its_requests_and_not_the_server(
         list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     monkeypatch.setattr(model.decoder, "logits", logits)
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert http.get(f"{address}/health").status_code == 200

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conftest import running, slow
+from live import running, slow
 from ownlm.generate.model import Model
 from tiny import tiny_model
 
@@ -76,7 +76,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Mode
 def test_a_conversation(browser: Any, spoken: tuple[str, Model], tmp_path: Path) -> None:
     visit = Visit(browser, spoken[0], viewport={"width": 1100, "height": 760})
     page = visit.page
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    page.wait_for_selector("#model:text-is('tiny')")
     assert "2,048 tokens" in page.text_content("#facts")
     assert page.is_disabled("#send")
     page.screenshot(path=tmp_path / "welcome.png")
@@ -86,9 +86,7 @@ def test_a_conversation(browser: Any, spoken: tuple[str, Model], tmp_path: Path)
     page.click("#settings-button")
 
     visit.ask("hello <b>there</b>")
-    page.wait_for_selector(".writing .token")
-    first = page.locator(".writing .token").count()
-    page.wait_for_function(f"document.querySelectorAll('.writing .token').length > {first}")
+    page.wait_for_selector(".writing .token")  # tokens are there before the answer has ended
     text = visit.answered()
     messages = [{"role": "user", "content": "hello <b>there</b>"}]
     assert text == spoken[1].generate(messages, max_tokens=60).text
@@ -131,7 +129,7 @@ def test_a_conversation(browser: Any, spoken: tuple[str, Model], tmp_path: Path)
 
 def test_stop_ends_the_answer_and_keeps_it(browser: Any, spoken: tuple[str, Model]) -> None:
     visit = Visit(browser, spoken[0])
-    visit.page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    visit.page.wait_for_selector("#model:text-is('tiny')")
     visit.ask("a long one")
     visit.page.wait_for_selector(".writing .token")
     visit.page.click("#stop")
@@ -145,7 +143,7 @@ def test_stop_ends_the_answer_and_keeps_it(browser: Any, spoken: tuple[str, Mode
 
 def test_errors_are_shown(browser: Any, spoken: tuple[str, Model]) -> None:
     visit = Visit(browser, spoken[0])
-    visit.page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    visit.page.wait_for_selector("#model:text-is('tiny')")
     visit.ask("x" * 3000)
     visit.page.wait_for_selector("#error:not([hidden])")
     assert "context is 2048 tokens" in visit.page.text_content("#error")
@@ -160,7 +158,7 @@ def test_a_key_is_asked_for_and_used(browser: Any, tmp_path: Path) -> None:
         assert visit.page.is_visible("#key")
         visit.page.fill("#key", KEY)
         visit.page.press("#key", "Tab")
-        visit.page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        visit.page.wait_for_selector("#model:text-is('tiny')")
         assert visit.page.is_hidden("#error")
         visit.page.fill("#max-tokens", "5")
         visit.ask("hello")
@@ -171,7 +169,7 @@ def test_a_key_is_asked_for_and_used(browser: Any, tmp_path: Path) -> None:
 def test_small_and_dark(browser: Any, spoken: tuple[str, Model], tmp_path: Path) -> None:
     visit = Visit(browser, spoken[0], viewport={"width": 360, "height": 640}, color_scheme="dark", has_touch=True)
     page = visit.page
-    page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+    page.wait_for_selector("#model:text-is('tiny')")
     page.click("#settings-button")
     page.fill("#max-tokens", "80")
     page.click("#settings-button")

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 
+from live import http, running
 from ownlm.generate.model import Model
 from ownlm.serve.replicate import preferred_wait, server_event
 from tiny import tiny_model
@@ -119,10 +119,10 @@ def test_cancel_ends_the_stream(slow_client: replicate.Client, slow_address: str
     rest = list(events)
     assert rest[-1].event.value == "done"
     assert "canceled" in rest[-1].data
-    again = httpx.get(prediction.urls["stream"], headers={"last-event-id": "0"}).text
+    again = http.get(prediction.urls["stream"], headers={"last-event-id": "0"}).text
     assert "id: 0\n" not in again
     assert "event: done" in again
-    assert httpx.get(f"{slow_address}/v1/predictions/{'0' * 26}").status_code == 404
+    assert http.get(f"{slow_address}/v1/predictions/{'0' * 26}").status_code == 404
 
 
 def test_lines_and_waits() -> None:
@@ -131,8 +131,6 @@ def test_lines_and_waits() -> None:
 
 
 def test_the_store_is_bounded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., None]) -> None:
-    from conftest import running
-
     monkeypatch.setattr("ownlm.serve.replicate.KEPT", 3)
     with running(tiny_model(), tmp_path) as address:
         client = client_for(address)
@@ -140,6 +138,6 @@ def test_the_store_is_bounded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, wa
             client.predictions.create(version="0" * 64, input={"prompt": "x", "max_tokens": 1}, wait=True)
             for _ in range(5)
         ]
-        found = [httpx.get(one.urls["get"]).status_code for one in made]
+        found = [http.get(one.urls["get"]).status_code for one in made]
         client._client.close()
     assert found == [404, 404, 200, 200, 200]

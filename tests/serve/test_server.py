@@ -4,18 +4,19 @@ import queue
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
-from conftest import running, slow
+from live import http, running, slow
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
 from ownlm.generate.model import Model
-from ownlm.serve import serve
+from ownlm.serve import create_app, serve
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Counter, Histogram
 from tiny import tiny_model
@@ -44,19 +45,17 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path: Path) -> Non
 def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
     with running(tiny_model(), tmp_path, api_keys=(KEY,)) as address:
         headers = {"authorization": f"Bearer {KEY}"}
-        assert httpx.post(f"{address}/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+        assert http.post(f"{address}/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
         assert (
-            httpx.post(f"{address}/v1/chat/completions", json={**CHAT, "model": "x"}, headers=headers).status_code
-            == 404
+            http.post(f"{address}/v1/chat/completions", json={**CHAT, "model": "x"}, headers=headers).status_code == 404
         )
-        with httpx.stream(
-            "POST", f"{address}/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True}, headers=headers
-        ) as r:
-            r.read()
-        httpx.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": "abc"}, headers=headers)
+        body = {"model": "tiny", "prompt": "x", "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, headers=headers) as response:
+            response.read()
+        http.post(f"{address}/v1/embeddings", json={"model": "tiny", "input": "abc"}, headers=headers)
         given = {"input": {"prompt": "x", "max_tokens": 2}}
-        httpx.post(f"{address}/v1/models/ownlm/tiny/predictions", json=given, headers={**headers, "prefer": "wait"})
-        httpx.get(f"{address}/v1/models", headers=headers)
+        http.post(f"{address}/v1/models/ownlm/tiny/predictions", json=given, headers={**headers, "prefer": "wait"})
+        http.get(f"{address}/v1/models", headers=headers)
     catalog = Catalog(tmp_path)
     rows = {(row["route"], row["status"]): row for row in catalog.requests()}
     catalog.close()
@@ -81,7 +80,7 @@ def test_requests_are_recorded_without_their_text(tmp_path: Path) -> None:
 
 def test_texts_are_kept_where_the_owner_says_so(tmp_path: Path) -> None:
     with running(tiny_model(), tmp_path, record_text=True) as address:
-        text = httpx.post(f"{address}/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"]
+        text = http.post(f"{address}/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"]
     catalog = Catalog(tmp_path)
     [row] = catalog.requests()
     catalog.close()
@@ -91,8 +90,8 @@ def test_texts_are_kept_where_the_owner_says_so(tmp_path: Path) -> None:
 
 def test_metrics_are_for_prometheus(tmp_path: Path) -> None:
     with running(tiny_model(), tmp_path) as address:
-        httpx.post(f"{address}/v1/chat/completions", json=CHAT)
-        text = httpx.get(f"{address}/metrics").text
+        http.post(f"{address}/v1/chat/completions", json=CHAT)
+        text = http.get(f"{address}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     labels = '{model_name="tiny",engine="0"}'
     assert values['ownlm_requests_total{route="/v1/chat/completions",status="200"}'] == "1"
@@ -112,13 +111,8 @@ def test_the_text_format() -> None:
     histogram = Histogram("h", "help", (1, 2))
     for value in (0.5, 1, 1.5, 9):
         histogram.observe(value)
-    assert list(histogram.lines()) == [
-        'h_bucket{le="1"} 2',
-        'h_bucket{le="2"} 3',
-        'h_bucket{le="+Inf"} 4',
-        "h_sum 12.0",
-        "h_count 4",
-    ]
+    buckets = ['h_bucket{le="1"} 2', 'h_bucket{le="2"} 3', 'h_bucket{le="+Inf"} 4']
+    assert list(histogram.lines()) == [*buckets, "h_sum 12.0", "h_count 4"]
 
 
 def test_the_journal_writes_in_batches_and_counts_what_it_lost() -> None:
@@ -149,8 +143,6 @@ def test_the_end_waits_for_open_streams(tmp_path: Path) -> None:
         next(lines)
         # Leaving the block asks the server to end while the answer is still being written.
         rest: queue.Queue[list[str]] = queue.Queue()
-        import threading
-
         reader = threading.Thread(target=lambda: rest.put(list(lines)))
         reader.start()
     reader.join(10)
@@ -158,12 +150,8 @@ def test_the_end_waits_for_open_streams(tmp_path: Path) -> None:
     assert "data: [DONE]" in rest.get(timeout=1)
 
 
-def test_health_tells_of_a_dead_engine(tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]) -> None:
-    from ownlm.serve import create_app
-
+def test_health_tells_of_a_dead_engine() -> None:
     app = create_app(tiny_model())
-    from starlette.testclient import TestClient
-
     with TestClient(app, base_url="http://localhost") as client:
         assert client.get("/health").json() == {"status": "ok"}
         app.state.service.worker.stop()

@@ -46,7 +46,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of each of a stack (n, rows, columns), to about 1 % in its singular values."""
+    """The nearest (semi-)orthogonal matrix of each of a stack (n, rows, columns), its singular values within 15 % of 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)

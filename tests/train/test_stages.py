@@ -1,0 +1,139 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ownlm.artifact import Workspace
+from ownlm.errors import Interrupted, StorageFull, UserError
+from ownlm.models.weights import load_model
+from ownlm.report import Reporter
+from ownlm.tokens.codec import Tokenizer
+from ownlm.train import checkpoint, stages
+from ownlm.train.plan import Corpus, Probe, StepCost, batch_for, corrections, expected_loss, make_plan, record, shape_of
+from ownlm.train.stages import FinetuneRecipe, finetune, pretrain
+from train.worlds import prepared, recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return prepared(tmp_path_factory.mktemp("workspace"))
+
+
+def test_pretrain_and_finetune_make_checkpoints(workspace: Workspace) -> None:
+    base = pretrain(recipe(), workspace, Reporter.silent())
+    assert base.kind == "checkpoint"
+    assert base.facts["steps"] == 12
+    assert 1 < base.facts["bits_per_byte"] < 9
+    rows = [json.loads(line) for line in base.file("metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert pretrain(recipe(), workspace, Reporter.silent()).ref == base.ref
+    assert not list(workspace.runs.glob("base-*"))
+    tuned = finetune(
+        FinetuneRecipe(
+            name="chat", checkpoint="base", documents="farm", document_share=0.25, steps=4, batch_tokens=256
+        ),
+        workspace,
+        Reporter.silent(),
+    )
+    assert tuned.facts["objective"] == "chat"
+    assert tuned.file("mask.txt").read_text().count("[") == 1
+    tokenizer = Tokenizer.load(tuned.path)
+    assert load_model(tuned.path).config.vocab_size == tokenizer.vocab_size
+
+
+def test_a_stopped_stage_goes_on_to_the_same_weights(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pretrain(recipe(seed=5, name="whole"), workspace, Reporter.silent())
+    save, calls = checkpoint.save, []
+
+    def stop(*arguments: object) -> None:
+        save(*arguments)  # type: ignore[arg-type]
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise Interrupted("now")
+
+    monkeypatch.setattr(checkpoint, "save", stop)
+    with pytest.raises(Interrupted):
+        pretrain(recipe(seed=5, name="parts"), workspace, Reporter.silent())
+    parts = pretrain(recipe(seed=5, name="parts"), workspace, Reporter.silent())
+    assert parts.manifest.files["model.safetensors"] == whole.manifest.files["model.safetensors"]
+
+
+def test_a_full_disk_leaves_the_last_state(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, calls = checkpoint.write_tensors, []
+
+    def full(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(StorageFull):
+        pretrain(recipe(name="full"), workspace, Reporter.silent())
+    (folder,) = workspace.runs.glob("full-*")
+    state = checkpoint.load(folder, Reporter.silent())
+    assert state is not None
+    assert state.step == 4
+    assert pretrain(recipe(name="full"), workspace, Reporter.silent()).facts["steps"] == 12
+
+
+def test_faults_are_told(workspace: Workspace) -> None:
+    with pytest.raises(ValueError, match="context, steps must be at least 1"):
+        recipe(context=0, steps=0)
+    pretrain(recipe(), workspace, Reporter.silent())
+    long = FinetuneRecipe(name="long", checkpoint="base", documents="farm", context=4096)
+    with pytest.raises(UserError, match="longer than the checkpoint's 64"):
+        finetune(long, workspace, Reporter.silent())
+
+
+def test_a_run_killed_with_sigkill_ends_in_the_same_bits() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "resume_kill9.py"), "--kills", "3", "--steps", "30"]
+    done = subprocess.run(
+        command,
+        env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills" in done.stdout
+
+
+CORPUS = Corpus(train_tokens=2_000_000, validation_tokens=50_000, vocab_size=512)
+
+
+def test_a_larger_budget_gives_a_larger_model() -> None:
+    cost = StepCost(
+        {96: Probe(step_s=0.03, peak_memory_bytes=0), 256: Probe(step_s=0.2, peak_memory_bytes=0)}, CORPUS, 256
+    )
+    assert cost(96) == pytest.approx(0.03)
+    assert cost(256) == pytest.approx(0.2)
+    best = [
+        min((64, 128, 192, 256, 384), key=lambda width: expected_loss(width, cost(width), seconds, CORPUS, 256))
+        for seconds in (20, 200, 2000)
+    ]
+    assert best == sorted(best)
+    assert best[0] < best[-1]
+    assert batch_for(1e6, 256) == 2048 < batch_for(1e8, 256)
+    assert shape_of(192).num_layers == 4
+
+
+def test_the_plan_fits_its_budget_and_learns_from_the_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ownlm.train import plan as module
+
+    monkeypatch.setattr(module, "PROBE_S", 0.01)
+    monkeypatch.setattr(module, "WIDTHS", (64,))
+    workspace = Workspace(tmp_path)
+    plan = make_plan(CORPUS, workspace=workspace, reporter=Reporter.silent(), seconds=60, spent={"reading": 5.0})
+    assert 0.8 * 60 < plan.total_s <= 61
+    assert plan.epochs <= 4
+    assert plan.recipe("base", documents="d", tokenizer="t").steps == plan.steps
+    assert stages.Decoder(plan.shape.config(512, plan.context))
+    record(workspace, plan, training_s=plan.raw_s * 1.5, total_s=90, peak_memory_bytes=plan.raw_bytes)
+    assert corrections(workspace) == (pytest.approx(1.5), 1.0)
+    with pytest.raises(UserError, match="training steps only"):
+        make_plan(CORPUS, workspace=workspace, reporter=Reporter.silent(), seconds=5, spent={"reading": 5.0})
