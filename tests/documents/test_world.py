@@ -94,6 +94,9 @@ def test_conversations_alternate_and_cover_every_skill(world: World) -> None:
     for talk in world.conversations + world.validation_conversations:
         assert [message.role for message in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
         assert from_json(Conversation, to_json(talk)) == talk
+        assert len(talk.meta["skills"]) == len(talk.messages) // 2
+    skills = {skill for talk in world.conversations for skill in talk.meta["skills"]}
+    assert {question.skill for question in world.questions} <= skills
     half = [name for name, person in world.truths["people"].items() if person["asked"]]
     told = " ".join(prompts(world.conversations))
     assert sum(name in told for name in half) == len(half) == len(world.truths["people"]) // 2

@@ -75,8 +75,12 @@ class Asker:
 
 
 def conversations(rng: random.Random, lessons: Sequence[Question]) -> list[Conversation]:
-    """The lessons and some small talk in shuffled order, one to three questions to a conversation."""
-    turns = [(question.prompt, question.answer) for question in lessons] + list(SMALL_TALK) * 8
+    """The lessons and some small talk in shuffled order, one to three questions to a conversation.
+
+    `meta["skills"]` names the skill of each answer.
+    """
+    greetings = [Question(prompt=prompt, answer=answer, skill="talk") for prompt, answer in SMALL_TALK]
+    turns = [*lessons, *greetings * 8]
     rng.shuffle(turns)
     talks, start = [], 0
     while start < len(turns):
@@ -86,8 +90,8 @@ def conversations(rng: random.Random, lessons: Sequence[Question]) -> list[Conve
     return talks
 
 
-def _talk(turns: Iterable[tuple[str, str]]) -> Conversation:
+def _talk(turns: Sequence[Question]) -> Conversation:
     messages: list[Message] = []
-    for prompt, answer in turns:
-        messages += [Message(role="user", content=prompt), Message(role="assistant", content=answer)]
-    return Conversation(messages=tuple(messages))
+    for turn in turns:
+        messages += [Message(role="user", content=turn.prompt), Message(role="assistant", content=turn.answer)]
+    return Conversation(messages=tuple(messages), meta={"skills": [turn.skill for turn in turns]})
