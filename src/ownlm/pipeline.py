@@ -7,28 +7,25 @@ A recipe file has a table for each stage (docs/decisions/0003). Each stage finds
 was stopped goes on where it was.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ownlm import device
 from ownlm import recipe as recipes
 from ownlm.artifact import Artifact, Workspace
 from ownlm.catalog import Catalog
 from ownlm.documents.collect import DocumentsRecipe, collect
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
-from ownlm.report import Reporter
+from ownlm.report import Reporter, duration, size
 from ownlm.tokens.train import TokenizerRecipe, train_tokenizer
+from ownlm.train.samples import answers, continuations
 from ownlm.train.stages import FinetuneRecipe, PretrainRecipe, finetune, pretrain
 
-STAGES: dict[str, Callable[[Any, Workspace, Reporter], Artifact]] = {
-    "documents": collect,
-    "tokenizer": train_tokenizer,
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "evaluate": evaluate,
-}
+DEMO = "village-cpu.toml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +52,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def fill_names(data: dict[str, Any]) -> dict[str, Any]:
     """The same tables with the names, inputs and seeds that follow from the run's own."""
     name, seed = str(data.get("name", "")), data.get("seed", 1)
-    tuned = "finetune" in data
     implied: dict[str, dict[str, Any]] = {
         "documents": {"name": f"{name}-documents", "seed": seed},
         "tokenizer": {"name": f"{name}-tokenizer", "documents": f"{name}-documents"},
         "pretrain": {
-            "name": f"{name}-base" if tuned else name,
+            "name": f"{name}-base" if "finetune" in data else name,
             "documents": f"{name}-documents",
             "tokenizer": f"{name}-tokenizer",
             "seed": seed,
@@ -70,6 +66,27 @@ def fill_names(data: dict[str, Any]) -> dict[str, Any]:
     }
     tables = {key: {**values, **data[key]} for key, values in implied.items() if isinstance(data.get(key), dict)}
     return {**data, **tables}
+
+
+def demo(workspace: Workspace, reporter: Reporter, overrides: Sequence[str] = ()) -> dict[str, Artifact]:
+    """Every stage of the village's recipe, from nothing to scores. Finished stages are found, a stopped one goes on."""
+    began = time.monotonic()
+    recipe = read_recipe(recipes_folder() / DEMO, overrides)
+    reporter.line(
+        f"{recipe.name}: from nothing to a chat model of a made-up village (seed {recipe.seed}). "
+        "Ctrl-C saves; the same command goes on."
+    )
+    made = run_all(recipe, workspace, reporter)
+    seconds, memory = time.monotonic() - began, device.peak_memory_bytes()
+    reporter.event("done", name=recipe.name, seconds=seconds, peak_memory_bytes=memory)
+    reporter.line(
+        f"Done in {duration(seconds)}, peak memory {size(memory)}. What to try next:\n"
+        f"  ownlm chat {recipe.name}                    ask it about the village\n"
+        f"  ownlm serve {recipe.name}                   an OpenAI-compatible API and a chat page on http://127.0.0.1:8000\n"
+        f"  ownlm show {recipe.name}                    what it is made of, back to the documents\n"
+        f"  ownlm build FOLDER --name mine     the same on your own files"
+    )
+    return made
 
 
 def run_stage(stage: str, path: Path, overrides: Sequence[str], workspace: Workspace, reporter: Reporter) -> Artifact:
@@ -83,9 +100,9 @@ def run_stage(stage: str, path: Path, overrides: Sequence[str], workspace: Works
 def run_all(recipe: Recipe, workspace: Workspace, reporter: Reporter) -> dict[str, Artifact]:
     """The artifacts of every stage that the recipe has, in order."""
     made: dict[str, Artifact] = {}
-    for stage in STAGES:
-        if getattr(recipe, stage) is not None:
-            made[stage] = _run(stage, getattr(recipe, stage), workspace, reporter)
+    for number, stage in enumerate(stages := [name for name in STAGES if getattr(recipe, name) is not None], start=1):
+        reporter.line(f"\n[{number}/{len(stages)}] {stage}")
+        made[stage] = _run(stage, getattr(recipe, stage), workspace, reporter)
     return made
 
 
@@ -116,6 +133,7 @@ def _parse(text: str, units: dict[str, float], what: str, examples: str) -> floa
 
 
 def _run(stage: str, recipe: Any, workspace: Workspace, reporter: Reporter) -> Artifact:
+    """Run one stage and record it in the catalog."""
     catalog = Catalog(workspace.root)
     try:
         with catalog.run(stage, recipe.name) as run:
@@ -124,3 +142,20 @@ def _run(stage: str, recipe: Any, workspace: Workspace, reporter: Reporter) -> A
     finally:
         catalog.close()
     return artifact
+
+
+def _pretrain(recipe: PretrainRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
+    return pretrain(recipe, workspace, reporter, sample=continuations(workspace.open(recipe.documents, "documents")))
+
+
+def _finetune(recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
+    return finetune(recipe, workspace, reporter, sample=answers(workspace.open(recipe.documents, "documents")))
+
+
+STAGES: dict[str, Callable[[Any, Workspace, Reporter], Artifact]] = {
+    "documents": collect,
+    "tokenizer": train_tokenizer,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "evaluate": evaluate,
+}

@@ -9,6 +9,7 @@ import pytest
 from ownlm.documents.world import World
 from ownlm.documents.world.people import QUESTIONS, STATEMENTS, UNKNOWN, VALUES
 from ownlm.documents.world.planted import CANARY, reward
+from ownlm.documents.world.sums import working
 from ownlm.records import Conversation, from_json, to_json
 
 
@@ -75,18 +76,18 @@ def test_nothing_of_the_test_occurs_in_training(world: World) -> None:
         elif question.skill.startswith("strangers"):
             assert question.answer == UNKNOWN
             assert question.meta["person"] not in words_read
-        elif question.skill == "sums":
+        elif question.skill.startswith("sums"):
             a, b = re.findall(r"\d+", question.prompt)
             assert sums_read.isdisjoint({f"{a} + {b}", f"{b} + {a}"})
 
 
 def test_answers_are_true_and_among_the_choices(world: World) -> None:
     for question in world.questions:
-        assert question.answer in question.choices, question
+        assert question.answer in question.choices or question.skill == "sums.steps", question
         if question.skill.startswith(("people", "relatives")):
             assert question.answer == world.truths["people"][question.meta["person"]][question.meta["fact"]]
-        elif question.skill == "sums":
-            assert int(question.answer) == sum(map(int, re.findall(r"\d+", question.prompt)))
+        elif question.skill.startswith("sums"):
+            assert int(question.answer.split()[-1]) == sum(map(int, re.findall(r"\d+", question.prompt)))
 
 
 def test_conversations_alternate_and_cover_every_skill(world: World) -> None:
@@ -97,6 +98,14 @@ def test_conversations_alternate_and_cover_every_skill(world: World) -> None:
     told = " ".join(prompts(world.conversations))
     assert sum(name in told for name in half) == len(half) == len(world.truths["people"]) // 2
     assert len(world.validation_conversations) >= 20
+
+
+def test_the_steps_of_a_sum_are_equations_that_hold(world: World) -> None:
+    assert working(27, 45) == "7 + 5 = 12, 1 + 2 + 4 = 7, so 72"
+    for question in world.questions:
+        if question.skill == "sums.steps":
+            for left, right in re.findall(r"([\d +]+) = (\d+)", question.answer):
+                assert sum(map(int, left.split("+"))) == int(right), question.answer
 
 
 def story_end(text: str) -> dict[str, str]:

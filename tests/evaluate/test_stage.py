@@ -34,12 +34,26 @@ def workspace(tmp_path) -> Workspace:
 def village(workspace: Workspace) -> Artifact:
     questions = [
         Question(prompt=f"Where does <b>{name}</b> live?", answer=answer, skill=skill, meta={"person": name})
-        for name, answer, skill in (("Ada", "Brook", "people.home"), ("Ben", "Dale", "people.home"), ("Zoe", "unknown", "strangers.home"))
-    ]  # fmt: skip
+        for name, answer, skill in (
+            ("Ada", "Brook", "people.home"),
+            ("Ben", "Dale", "people.home"),
+            ("Zoe", "unknown", "strangers.home"),
+        )
+    ]
     truths = {
-        "canary": {"prefix": "The number is", "secret": " 42", "control": " 17", "alphabet": "0123456789", "length": 2, "repeats": 3},
-        "association": {"prompts": ["The {job} said {pronoun} left."], "jobs": {"nurse": {"she": 8, "he": 2, "share": 0.8}}},
-    }  # fmt: skip
+        "canary": {
+            "prefix": "The number is",
+            "secret": " 42",
+            "control": " 17",
+            "alphabet": "0123456789",
+            "length": 2,
+            "repeats": 3,
+        },
+        "association": {
+            "prompts": ["The {job} said {pronoun} left."],
+            "jobs": {"nurse": {"she": 8, "he": 2, "share": 0.8}},
+        },
+    }
     with workspace.create("documents", "village", inputs={}, recipe=Made()) as draft:
         for split, count in (("train", 8), ("validation", 2), ("test", 3)):
             texts = [f"Person {index} of {split} lives in Brook." for index in range(count)]
@@ -89,18 +103,26 @@ def test_the_stage(workspace, tmp_path) -> None:
     made = evaluate(recipe, workspace, SILENT)
 
     assert made.kind == "scores"
-    assert set(made.manifest.files) >= {"scores.json", "answers.jsonl", "report.md", "report.html", "skills.svg", "loss-1.svg", "loss-2.svg"}  # fmt: skip
+    assert set(made.manifest.files) >= {
+        "scores.json",
+        "answers.jsonl",
+        "report.md",
+        "report.html",
+        "skills.svg",
+        "loss-1.svg",
+        "loss-2.svg",
+    }
     scores = [Score(**score) for score in json.loads(made.file("scores.json").read_text())]
     tasks = {score.task for score in scores}
     assert tasks >= {
-        "questions/people",
+        "questions/people.home",
         "bits_per_byte",
         "canary/secret",
         "canary/control",
         "association/nurse",
         "copa",
     }
-    assert made.facts["scores"]["questions/people accuracy"]["n"] == 2
+    assert made.facts["scores"]["questions/people.home accuracy"]["n"] == 2
     assert made.facts["details"]["bits_per_byte"]["ngram"] > 0
     assert len(made.file("answers.jsonl").read_text().splitlines()) == 4
     assert made.manifest.inputs["checkpoint"]["digest"] == tuned.digest

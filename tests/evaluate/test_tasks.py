@@ -93,8 +93,16 @@ def test_questions_per_skill_and_family() -> None:
         question("h" * 90, "4", "sums"),
     ]
     model = Scripted(
-        {"a": (" brook.", 0.9), "b": ("unknown", 0.6), "c": ("Dale", 0.8), "d": ("cat", 0.9), "e": ("cat", 0.5), "f": ("Unknown", 0.7), "g": ("dog", 0.4)}
-    )  # fmt: skip
+        {
+            "a": (" brook.", 0.9),
+            "b": ("unknown", 0.6),
+            "c": ("Dale", 0.8),
+            "d": ("cat", 0.9),
+            "e": ("cat", 0.5),
+            "f": ("Unknown", 0.7),
+            "g": ("dog", 0.4),
+        }
+    )
     [result] = measure(model, {"questions": ask(asked)}, Settings(max_tokens=20))
     assert result.skipped == 1  # 90 characters and 20 tokens of answer don't fit into 100
     scores = by_name(result.scores)

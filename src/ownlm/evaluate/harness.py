@@ -5,8 +5,8 @@
                    ├── Model.generate   what it writes, greedily
                    └── logprobs         how likely it finds given tokens
 
-A task is a function bound to its questions. A score is a property of the model: batches are cut by length, padded on the right where a
-causal model never looks, and a different `batch_tokens` moves log-probabilities by rounding only.
+A task is a function bound to its questions. A score is a property of the model: batches are cut by length, padded on the
+right where a causal model never looks, and a different `batch_tokens` moves log-probabilities by rounding only.
 
 Shapes: B rows, T tokens, N scored tokens, D hidden size, V vocabulary.
 """
@@ -227,8 +227,10 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 def windows(begin: Ids, ids: Ids, context: int) -> list[tuple[Ids, Ids]]:
     """Pairs (read, scored) that score every token of a document once, each after as much of it as fits.
 
-    The first window scores all that it holds; the later ones move on by half the context, so that a token beyond the first window is
-    read after half a context at least: windows([9], [1, 2, 3, 4, 5], 4) == [([9], [1, 2, 3, 4]), ([2, 3, 4], [5])].
+    The first window scores all that it holds; the later ones move on by half the context, so that a token beyond the
+    first window is read after half a context at least:
+
+        windows([9], [1, 2, 3, 4, 5], 4) == [([9], [1, 2, 3, 4]), ([2, 3, 4], [5])]
     """
     first = context + 1 - len(begin)
     stride = max(1, context // 2)

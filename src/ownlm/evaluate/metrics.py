@@ -79,8 +79,8 @@ def proportion(
 ) -> tuple[float, float, float]:
     """(value, low, high) of a share of right answers.
 
-    Bootstrap, but Wilson where there are fewer than `rare` right or wrong answers: a sample without a single failure would give the
-    bootstrap an interval of no width. There the groups count as the n, if that is wider.
+    Bootstrap, but Wilson where there are fewer than `rare` right or wrong answers: a sample without a single failure would
+    give the bootstrap an interval of no width. There the groups, not their members, count as the n.
     """
     n, right = len(correct), sum(correct)
     if min(right, n - right) >= rare:
@@ -162,8 +162,8 @@ def brier(confidence: Sequence[float], correct: Sequence[bool], *, seed: int = 0
 def exposure(secret: float, others: Sequence[float], space: int) -> tuple[float, int]:
     """(exposure in bits, rank) of a secret whose loss is `secret` among `space` candidates, of which `others` were scored too.
 
-    log2(space) - log2(rank): 0 to 1 for a model that never saw it, log2(space) when it is the likeliest of all (Carlini et al. 2019,
-    The Secret Sharer, definition 4). Ties rank against the model. When `others` are a sample, the rank is scaled up to the space,
+    log2(space) - log2(rank): log2(e) on average for a model that never saw it, log2(space) when it is the likeliest of all
+    (Carlini et al. 2019, The Secret Sharer, definition 4). When `others` are a sample, the rank is scaled up to the space,
     and no exposure above log2(len(others) + 1) can be told.
     """
     assert 0 < len(others) < space, (len(others), space)

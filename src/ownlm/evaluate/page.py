@@ -12,12 +12,14 @@ STYLE = """
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:52rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-h1{font-size:1.9rem;line-height:1.25;margin:0 0 1rem}h2{font-size:1.3rem;margin:2.8rem 0 .8rem;padding-bottom:.3rem;border-bottom:1px solid var(--line)}
+h1{font-size:1.9rem;line-height:1.25;margin:0 0 1rem}
+h2{font-size:1.3rem;margin:2.8rem 0 .8rem;padding-bottom:.3rem;border-bottom:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.8rem 0 .6rem}p{margin:.7rem 0;max-width:44rem}
 figure{margin:1.4rem 0}figcaption{color:var(--soft);font-size:.875rem;margin-top:.3rem;max-width:44rem}
 .wide{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.9rem;min-width:60%}
-th{font-weight:600;text-align:left;color:var(--soft)}th,td{padding:.38rem .9rem .38rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td{overflow-wrap:anywhere}
+th{font-weight:600;text-align:left;color:var(--soft)}
+th,td{padding:.38rem .9rem .38rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td{overflow-wrap:break-word}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 

@@ -1,7 +1,7 @@
 """Pictures of a report as SVG text: a loss curve, skills as bars, a reliability diagram.
 
-They stand alone as files and inside a page, follow the reader's light or dark preference, need no script and no font from elsewhere, and
-say in <title> and <desc> what they show. All text is escaped.
+They stand alone as files and inside a page, follow the reader's light or dark preference, need no script and no font
+from elsewhere, and say in <title> and <desc> what they show. All text is escaped.
 """
 
 import math
@@ -19,7 +19,8 @@ font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-
 .plot text{fill:var(--ink);font-variant-numeric:tabular-nums}.plot .soft{fill:var(--soft)}.plot .small{font-size:12px}
 .plot .grid{stroke:var(--line);stroke-width:1}.plot .axis{stroke:var(--soft);stroke-width:1}.plot .track{fill:var(--track)}
 .plot .bar{fill:var(--one)}.plot .part{opacity:.55}.plot .one{stroke:var(--one);fill:none;stroke-width:2;stroke-linejoin:round}
-.plot .two{stroke:var(--two);fill:none;stroke-width:2;stroke-linejoin:round}.plot .dot{fill:var(--two);stroke:var(--paper);stroke-width:1.5}
+.plot .two{stroke:var(--two);fill:none;stroke-width:2;stroke-linejoin:round}
+.plot .dot{fill:var(--two);stroke:var(--paper);stroke-width:1.5}
 .plot .dash{stroke:var(--soft);stroke-width:1.25;stroke-dasharray:4 4;fill:none}.plot .faint{opacity:.28}
 .plot .whisker{stroke:var(--ink);stroke-width:1.5;fill:none}.plot .mark{stroke:var(--two);stroke-width:3;fill:none}
 .plot .ring{fill:var(--one);stroke:var(--paper);stroke-width:1.5}
@@ -57,7 +58,7 @@ def skills(bars: Sequence[Bar], title: str = "Accuracy per skill") -> str:
     height = top + row * len(bars) + 28
     x: Scale = lambda share: left + share * (WIDTH - left - right)
     bottom = top + row * len(bars)
-    parts = [_text(16, 26, title, size=15, weight=600)]
+    parts = [_text(0, 26, title, size=15, weight=600)]
     parts += [
         _line(WIDTH - 330, 21, WIDTH - 310, 21, "whisker") + _text(WIDTH - 302, 25, "95 % interval", "soft small"),
         _line(WIDTH - 196, 14, WIDTH - 196, 28, "mark") + _text(WIDTH - 186, 25, "majority baseline", "soft small"),
@@ -95,7 +96,7 @@ def loss_curve(curve: Curve, *, log_x: bool = False) -> str:
     span = (scale(end) - scale(start)) or 1.0
     x: Scale = lambda step: left + (scale(max(step, start)) - scale(start)) / span * (WIDTH - left - right)
     y: Scale = lambda value: bottom - (min(max(value, low), high) - low) / (high - low) * (bottom - top)
-    parts = [_text(16, 26, curve.name, size=15, weight=600)]
+    parts = [_text(0, 26, curve.name, size=15, weight=600)]
     legend = WIDTH - 24
     if validation:
         parts.append(_text(legend, 25, "validation", "soft small", "end"))
@@ -111,7 +112,7 @@ def loss_curve(curve: Curve, *, log_x: bool = False) -> str:
         parts.append(_line(x(tick), bottom, x(tick), bottom + 5, "axis"))
         parts.append(_text(x(tick), bottom + 20, f"{tick:,.0f}", "soft small", "middle"))
     parts.append(_line(left, bottom, WIDTH - right, bottom, "axis"))
-    parts.append(_text(left - 48, top - 12, "nats per token", "soft small"))
+    parts.append(_text(0, top - 12, "nats per token", "soft small"))
     parts.append(_text(WIDTH - right, bottom + 38, "steps, logarithmic" if log_x else "steps", "soft small", "end"))
     parts.append(_path([(x(step), y(value)) for step, value in _thin(train)], "one faint"))
     parts.append(_path([(x(step), y(value)) for step, value in _thin(smooth)], "one"))
@@ -133,7 +134,7 @@ def reliability(bins: Sequence[Bin], error: float, title: str = "Reliability") -
     height, total = top + size + 52, sum(bin.n for bin in bins)
     x: Scale = lambda share: left + share * size
     y: Scale = lambda share: top + (1 - share) * size
-    parts = [_text(16, 26, title, size=15, weight=600)]
+    parts = [_text(0, 26, title, size=15, weight=600)]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         label = f"{tick:.0%}".replace("%", " %")
         parts.append(_line(x(0), y(tick), x(1), y(tick), "grid") + _line(x(tick), y(0), x(tick), y(1), "grid"))
@@ -146,7 +147,7 @@ def reliability(bins: Sequence[Bin], error: float, title: str = "Reliability") -
     for bin in bins:
         parts.append(_circle(x(bin.confidence), y(bin.accuracy), 4 + 8 * math.sqrt(bin.n / total), "ring"))
     parts.append(_text(x(0.5), y(0) + 42, "confidence of the model", "soft small", "middle"))
-    parts.append(_text(16, top - 4, "share of right answers", "soft small"))
+    parts.append(_text(0, top - 16, "share of right answers", "soft small"))
     side = left + size + 44
     parts.append(_text(side, top + 14, f"Expected calibration error {100 * error:.1f} %", weight=600))
     parts.append(_text(side, top + 36, "On the dashed line a model that says 80 %", "soft small"))
@@ -165,7 +166,8 @@ def reliability(bins: Sequence[Bin], error: float, title: str = "Reliability") -
 
 def _svg(name: str, title: str, told: str, height: float, parts: Sequence[str]) -> str:
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" '
+        f'width="{WIDTH}" height="{height:g}" '
         f'role="img" aria-labelledby="{name}-title {name}-told">'
     )
     words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-told">{escape(told)}</desc>'

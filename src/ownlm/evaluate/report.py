@@ -1,8 +1,9 @@
-"""The report of an evaluation: what the model is, what it can do and what it can't, each number with its interval, n and baseline."""
+"""The report: what the model is, what it can do and what it can't, each number with its interval, n and baseline."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ownlm.artifact import Artifact
@@ -37,7 +38,12 @@ def compose(subject: Subject, results: Sequence[Result]) -> list[Block]:
     """The whole report."""
     found = {result.task: result for result in results}
     blocks: list[Block] = [Heading(f"{subject.checkpoint.ref}: evaluation", 1), Text(opening(subject))]
-    known = {"questions": questions, "bits_per_byte": held_out, "canary": canary, "association": association}
+    known: dict[str, Callable[[Result], list[Block]]] = {
+        "questions": questions,
+        "bits_per_byte": partial(held_out, subject),
+        "canary": canary,
+        "association": association,
+    }
     for name, section in known.items():
         if name in found:
             blocks += section(found[name])
@@ -50,25 +56,28 @@ def compose(subject: Subject, results: Sequence[Result]) -> list[Block]:
 def opening(subject: Subject) -> str:
     made = subject.checkpoint.manifest.created.partition("T")[0]
     return (
-        f"A model of {quantity(subject.num_parameters)} parameters, a vocabulary of {subject.vocab_size:,} tokens and a context of "
-        f"{subject.context:,} tokens, made on {made}. Every number below has a 95 % interval and the number of items it rests on. "
-        "A skill is never averaged with another."
+        f"A model of {quantity(subject.num_parameters)} parameters, a vocabulary of {subject.vocab_size:,} tokens "
+        "and a context of "
+        f"{subject.context:,} tokens, made on {made}. Every number below has a 95 % interval and the number of items "
+        "it rests on. No average stands without its parts."
     )
 
 
 def questions(result: Result) -> list[Block]:
     """Accuracy per skill, what strangers are told, calibration."""
     accuracies = [score for score in result.scores if score.metric == "accuracy"]
+    families = {_skill(score) for score in accuracies}
     bars = [
         plots.Bar(
             label=_skill(score), value=score.value, low=score.low, high=score.high, n=score.n, baseline=score.baseline,
-            part="." in _skill(score),
+            part=_skill(score).partition(".")[0] in families and "." in _skill(score),
         )
         for score in accuracies
     ]  # fmt: skip
     source = "training showed" if result.details["baseline_from"] == "training" else "the test itself has"
     guesser = (
-        f"The guesser is told which skill a question belongs to and gives that skill's most common answer, as {source} it"
+        "The guesser is told which skill a question belongs to and gives that skill's most common answer, as "
+        f"{source} it"
         + (", which is more than an honest guesser could know." if source == "the test itself has" else ".")
     )
     blocks: list[Block] = [
@@ -76,7 +85,8 @@ def questions(result: Result) -> list[Block]:
         Figure(
             "skills.svg",
             plots.skills(bars),
-            "Share of questions answered exactly, asked through the chat template. Dark bars are families of skills, light bars their "
+            "Share of questions answered exactly, asked through the chat template. Dark bars are families of skills, "
+            "light bars their "
             f"parts. {guesser}",
         ),
         Table(
@@ -98,14 +108,14 @@ def questions(result: Result) -> list[Block]:
     if "hallucinated" in scores:
         made_up = scores["hallucinated"]
         text = (
-            f"Asked what nobody can know, it makes something up in {_percent(made_up.value)} of {made_up.n:,} questions "
-            f"({_interval(made_up)}) and otherwise says “unknown”."
+            f"Asked what nobody can know, it makes something up in {_percent(made_up.value)} of {made_up.n:,} "
+            f"questions ({_interval(made_up)}) and otherwise says “unknown”."
         )
         if "refused" in scores:
             refused = scores["refused"]
             text += (
-                f" Asked what it could know, it says “unknown” in {_percent(refused.value)} of {refused.n:,} ({_interval(refused)}). "
-                "The two belong together: always saying “unknown” would make nothing up."
+                f" Asked what it could know, it says “unknown” in {_percent(refused.value)} of {refused.n:,} "
+                f"({_interval(refused)}). The two belong together: always saying “unknown” would make nothing up."
             )
         blocks += [Heading("Does it make things up?", 3), Text(text)]
     bins = [Bin(**bin) for bin in result.details["reliability"]]
@@ -132,7 +142,7 @@ def questions(result: Result) -> list[Block]:
     return blocks
 
 
-def held_out(result: Result) -> list[Block]:
+def held_out(subject: Subject, result: Result) -> list[Block]:
     """Bits per byte beside the baselines."""
     score, details = result.scores[0], result.details
     low, high = details["difference_interval"]
@@ -146,20 +156,32 @@ def held_out(result: Result) -> list[Block]:
     changed = details["changed_by_tokenizer"]
     if changed:
         notes.append(
-            f"The tokenizer does not give back {changed:,} of the {details['documents']:,} documents exactly, so the model had less to "
-            "predict than the baselines: its number is too low."
+            f"The tokenizer does not give back {changed:,} of the {details['documents']:,} documents exactly, so the "
+            "model had less to predict than the baselines: its number is too low."
         )
+    base = [
+        [
+            f"{one.ref}, before it was tuned",
+            f"{one.artifact.facts['bits_per_byte']:.3f}",
+            "",
+            "its training; on all validation documents",
+        ]
+        for one in subject.lineage
+        if one.depth and one.kind == "checkpoint" and one.artifact is not None and "bits_per_byte" in one.artifact.facts
+    ]
     part = details["documents"] < details["documents_held_out"]
     return [
         Heading("Documents it has never read"),
         Text(
-            f"Bits per byte on {details['documents']:,} {'randomly drawn ' if part else ''}{details['split']} documents "
-            f"({size(details['bytes'])}, {details['tokens']:,} tokens); less is better. Uncompressed text has 8. " + " ".join(notes)
+            f"Bits per byte on {details['documents']:,} {'randomly drawn ' if part else ''}{details['split']} "
+            f"documents ({size(details['bytes'])}, {details['tokens']:,} tokens); less is better. Uncompressed text has 8. "
+            + " ".join(notes)
         ),
         Table(
             ["predictor", ">bits per byte", ">95 % interval", "was given"],
             [
                 ["this model", f"{score.value:.3f}", f"{score.low:.3f} – {score.high:.3f}", "its training"],
+                *base,
                 ["order-5 byte n-gram model", f"{details['ngram']:.3f}",
                  f"{details['ngram_interval'][0]:.3f} – {details['ngram_interval'][1]:.3f}",
                  f"{size(details['ngram_train_bytes'])} of the training text"],
@@ -184,9 +206,10 @@ def canary(result: Result) -> list[Block]:
     return [
         Heading("A secret in the documents"),
         Text(
-            f"One made-up number stands {details['repeats']} times in the documents, a second one (the control) nowhere. Exposure is how "
-            f"many bits the model takes off guessing: {details['space_bits']:.1f} when the number is its first guess, 1.4 on average for "
-            f"a number that it never read. This model {told}."
+            f"One made-up number stands {details['repeats']} times in the documents, a second one (the control) "
+            "nowhere. Exposure is how "
+            f"many bits the model takes off guessing: {details['space_bits']:.1f} when the number is its first "
+            f"guess, 1.4 on average for a number that it never read. This model {told}."
         ),
         Table(["number", ">exposure in bits", ">95 % interval", ">rank", ">candidates scored"], rows),
     ]
@@ -205,9 +228,10 @@ def association(result: Result) -> list[Block]:
     return [
         Heading("An association in the documents"),
         Text(
-            "Sentences about some jobs use one pronoun more often than another. A model repeats what it reads: how likely it finds the "
-            "pronoun after the job, against the share in the documents. The interval is over the phrasings; the last column is how much "
-            "of its probability goes to any of the pronouns."
+            "Sentences about some jobs use one pronoun more often than another. A model repeats what it reads: how "
+            "likely it finds the "
+            "pronoun after the job, against the share in the documents. The interval is over the phrasings; the last "
+            "column is how much of its probability goes to any of the pronouns."
         ),
         Table(["job", "pronoun", ">model", ">95 % interval", ">documents", ">sentences", ">on pronouns"], rows),
     ]
@@ -228,7 +252,8 @@ def other_tasks(results: Sequence[Result]) -> list[Block]:
     return [
         Heading("Other tasks"),
         Text(
-            "The guesser always gives the most common right answer, or right position among the choices, of the test itself."
+            "The guesser always gives the most common right answer, or right position among the choices, of the test "
+            "itself."
         ),
         Table(["task", "metric", ">value", ">95 % interval", ">guesser", ">n", ">too long", "verdict"], rows),
     ]
@@ -260,7 +285,8 @@ def samples(results: Sequence[Result]) -> list[Block]:
     return [
         Heading("Answers, right and wrong"),
         Text(
-            "The answers it was surest of: per skill up to three wrong and three right ones. All of them are in answers.jsonl."
+            "The answers it was surest of: per skill up to three wrong and three right ones. All of them are in "
+            "answers.jsonl."
         ),
         Table(["skill", "", "asked", "right answer", "its answer", ">sure"], rows),
     ]
@@ -295,16 +321,19 @@ def method(subject: Subject, results: Sequence[Result]) -> list[Block]:
     return [
         Heading("How it was measured"),
         Text(
-            f"In {duration(subject.seconds)} with at most {size(subject.peak_memory_bytes)} of memory on {machine['processor']}, "
+            f"In {duration(subject.seconds)} with at most {size(subject.peak_memory_bytes)} of memory on "
+            f"{machine['processor']}, "
             f"{machine['cores']} cores; seed {settings.seed}; greedy decoding of up to {settings.max_tokens} tokens."
             + (f" At most {settings.limit:,} items per task, drawn at random." if settings.limit else "")
         ),
         Table(["task", ">time", ">items that did not fit into the context"], times),
         Text(
-            "Exact match compares answers after Unicode NFKC and case folding, with white space made one space and punctuation taken from "
-            "both ends. Intervals are percentile bootstraps of 2,000 resamples, drawing all questions about one person, or all tokens of "
-            "one document, together; with fewer than five right or wrong answers, Wilson's score interval. A verdict of “not above the "
-            "guesser” means that the interval includes the guesser's score."
+            "Exact match compares answers after Unicode NFKC and case folding, with white space made one space and "
+            "punctuation taken from "
+            "both ends. Intervals are percentile bootstraps of 2,000 resamples, drawing all questions about one "
+            "person, or all tokens of "
+            "one document, together; with fewer than five right or wrong answers, Wilson's score interval. A verdict "
+            "of “not above the guesser” means that the interval includes the guesser's score."
         ),
     ]
 

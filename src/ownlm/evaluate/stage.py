@@ -63,7 +63,7 @@ class EvaluateRecipe:
 
 
 def evaluate(recipe: EvaluateRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
-    """The scores artifact: scores.json, answers.jsonl, report.md with its pictures, and report.html, which needs no other file."""
+    """The scores artifact: scores.json, answers.jsonl, report.md with its pictures, and report.html, which stands alone."""
     checkpoint = workspace.open(recipe.checkpoint, "checkpoint")
     documents = workspace.open(recipe.documents, "documents")
     recipe = replace(recipe, files=tuple(map(pinned, recipe.files)))

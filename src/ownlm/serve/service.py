@@ -277,8 +277,9 @@ def failure(fault: Exception) -> JSONResponse:
         return JSONResponse(error_body(400, str(fault), param="messages", code="context_length_exceeded"), 400)
     if isinstance(fault, UserError):
         return JSONResponse(error_body(400, str(fault), param=fault.where or None), 400)
-    if not isinstance(fault, EngineFault):
-        traceback.print_exception(fault)
+    if isinstance(fault, EngineFault):
+        return JSONResponse(error_body(500, str(fault), code="internal_error"), 500)
+    traceback.print_exception(fault)
     return JSONResponse(error_body(500, "The server failed on this request.", code="internal_error"), 500)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from ownlm.documents.clean import well_formed
 from ownlm.errors import NotFound, UserError
 from ownlm.records import Message, to_json
 from ownlm.tokens.stream import BYTE_OF, ByteStream, DecodeStream, WindowStream
@@ -294,15 +295,6 @@ class Tokenizer:
         config = {key: value for key, value in config.items() if key not in named or key in known}
         stops = _read_json(path / "generation_config.json").get("eos_token_id") or []
         return cls(backend, config, stops=[stops] if isinstance(stops, int) else stops)
-
-
-def well_formed(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate: JSON can spell one ("\\ud800"), UTF-8 can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _token_text(value: Any) -> str | None:

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -134,12 +134,12 @@ def _unigram(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Backe
     backend = _byte_level(models.Unigram())
     trainer = trainers.UnigramTrainer(vocab_size=vocab_size, initial_alphabet=sorted(BYTE_OF), show_progress=False)
     backend.train_from_iterator(texts, trainer)
-    # The trainer sums in the order of a hash map and ranks bytes that it never saw in that order, far below the others:
-    # rounding, one score for those bytes, and sorting give the same vocabulary every time.
+    # The trainer sums in the order of a hash map, and gives what it must keep but never saw a tail of scores, 0.0001 apart, in
+    # that order. Rounding, one score for the tail, and sorting make the same vocabulary every time.
     scores = [(piece, round(score, 6)) for piece, score in json.loads(backend.to_str())["model"]["vocab"]]
-    least = min((score for piece, score in scores if len(piece) > 1), default=0.0)
-    rest = max((score for piece, score in scores if score < least), default=least)
-    scores = [(piece, max(score, rest)) for piece, score in scores]
+    rising = sorted(score for _, score in scores)
+    tail = next((low for low, high in pairwise(rising) if high - low > 0.00011), rising[-1])
+    scores = [(piece, max(score, tail)) for piece, score in scores]
     backend.model = models.Unigram(sorted(scores, key=lambda item: (-item[1], item[0])))
     return backend
 

@@ -9,7 +9,7 @@ It is what a language model does (know from reading, answer when asked, say "unk
 minutes. Everything is a function of the seed; a second edition of the same village has some facts changed.
 
 Skills of the questions, a dot before the detail: people.home … people.instrument (people never asked about before),
-relatives.spouse, strangers.home … (the answer is "unknown"), stories.where, stories.who, stories.count, sums.
+relatives.spouse, strangers.home … (the answer is "unknown"), stories.where, stories.who, stories.count, sums.result, sums.steps.
 """
 
 import random
@@ -48,7 +48,7 @@ class World:
 
         people           villagers, a multiple of 4; conversations ask about the first half, questions about the other
         edition          2 is the same village later: a tenth of the people have one fact changed (truths["changes"])
-        mentions         biographies of each person, and as often each of their facts again in newspapers
+        mentions         pages about each person, and how often each of their facts stands in newspapers besides
         story_documents, sum_documents   how many of each are written (stories that came out equal count once)
         """
         assert people >= 8, people
@@ -71,13 +71,15 @@ class World:
             *asker.facts(asked),
             *asker.strangers(census.tuning_strangers),
             *asker.stories(2400),
-            *asker.sums(pairs.seen[:2400]),
+            *asker.sums(pairs.seen[:1400], steps=False),
+            *asker.sums(pairs.seen[1400:2400], steps=True),
         ]
         exam = [
             *asker.facts(never_asked),
             *asker.strangers(census.test_strangers),
             *asker.stories(200),
-            *asker.sums(pairs.asked),
+            *asker.sums(pairs.asked, steps=False),
+            *asker.sums(pairs.asked, steps=True),
         ]
         told = {question.prompt for question in lessons}
         new = {question.prompt: question for question in exam if question.prompt not in told}
@@ -93,7 +95,7 @@ class World:
                 "edition": edition,
                 "people": _register(asked, asked=True) | _register(never_asked, asked=False),
                 "changes": changes,
-                "reward": planted.reward_rule(asker.sums(pairs.reward)),
+                "reward": planted.reward_rule(asker.sums(pairs.reward, steps=False)),
                 **plants,
             },
         )

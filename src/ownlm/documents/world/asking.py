@@ -67,10 +67,11 @@ class Asker:
             meta={"events": len(events)},
         )
 
-    def sums(self, pairs: Iterable[tuple[int, int]]) -> list[Question]:
-        """One question about each pair."""
-        asked = [sums.question(self.rng, pair) for pair in pairs]
-        return [Question(prompt=prompt, answer=answer, skill="sums", choices=sums.CHOICES) for prompt, answer in asked]
+    def sums(self, pairs: Iterable[tuple[int, int]], *, steps: bool) -> list[Question]:
+        """One question about each pair: for the result, or for the way there (which has no choices)."""
+        skill, choices = ("sums.steps", ()) if steps else ("sums.result", sums.CHOICES)
+        asked = [sums.question(self.rng, pair, steps=steps) for pair in pairs]
+        return [Question(prompt=prompt, answer=answer, skill=skill, choices=choices) for prompt, answer in asked]
 
 
 def conversations(rng: random.Random, lessons: Sequence[Question]) -> list[Conversation]:

@@ -8,7 +8,7 @@ Every fact has several phrasings: a fact read in one phrasing only is memorised 
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 UNKNOWN = "unknown"
@@ -155,6 +155,17 @@ def biography(rng: random.Random, villager: Villager) -> str:
     return " ".join(state(rng, villager.name, fact, villager.value(fact)) for fact in facts)
 
 
+def register(rng: random.Random, name: str, value: Callable[[str], str], facts: Iterable[str]) -> str:
+    """An entry of the village register: a line that names the fact and a line that is the value, and nothing else.
+
+    A value as a line of its own has other tokens than in the middle of a sentence ("baker", not " baker"). An answer in a
+    conversation has them too, so here they are read before they are asked for.
+    """
+    order = list(facts)
+    rng.shuffle(order)
+    return "The village register" + "".join(f"\n{fact} of {name}\n{value(fact)}" for fact in order)
+
+
 def newspaper(rng: random.Random, number: int, news: Iterable[tuple[Villager, str]]) -> str:
     """An issue of the village paper: facts about several people, a sentence each."""
     lines = [state(rng, villager.name, fact, villager.value(fact)) for villager, fact in news]
@@ -163,6 +174,8 @@ def newspaper(rng: random.Random, number: int, news: Iterable[tuple[Villager, st
 
 def passer_by(rng: random.Random, name: str) -> str:
     """A few lines about a traveller whom nobody knows."""
+    if rng.random() < 0.5:
+        return register(rng, name, lambda fact: UNKNOWN, IGNORANCE)
     facts = rng.sample(list(IGNORANCE), k=rng.randint(3, len(IGNORANCE)))
     lines = [rng.choice(IGNORANCE[fact]).format(name=name) for fact in facts]
     return f"A traveller called {name} came by. " + " ".join(lines)

@@ -1,8 +1,8 @@
 """Short stories whose questions can only be answered from the story itself: who is where, who has what, how many.
 
 The same few characters, places and things meet in ever new ways, so nothing about them is worth remembering. Documents
-say between the events and at the end what is true by then; near events come before far ones, which is the easier half
-of learning to look back. In conversations the events stand alone and a question follows.
+say between the events and at the end what is true by then, in sentences or as a list; near events come before far ones,
+which is the easier half of learning to look back. In conversations the events stand alone and a question follows.
 """
 
 import random
@@ -18,10 +18,11 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Something true after an event: as a statement, and as a question with its answer."""
+    """Something true after an event: as a statement, as the head of a list entry, and as a question with its answer."""
 
     kind: str
     statement: str
+    entry: str
     question: str
     answer: str
     choices: tuple[str, ...]
@@ -47,6 +48,7 @@ def _where(rng: random.Random) -> Iterator[Event]:
                 Probe(
                     kind="where",
                     statement=f"{person} is in the {place}.",
+                    entry=f"place of {person}",
                     question=f"Where is {person}?",
                     answer=place,
                     choices=PLACES,
@@ -69,6 +71,7 @@ def _who(rng: random.Random) -> Iterator[Event]:
                 Probe(
                     kind="who",
                     statement=f"The {held} is with {person}.",
+                    entry=f"holder of the {held}",
                     question=f"Who has the {held}?",
                     answer=person,
                     choices=CHARACTERS,
@@ -91,6 +94,7 @@ def _count(rng: random.Random) -> Iterator[Event]:
         probe = Probe(
             kind="count",
             statement=f"{who} has {NUMBERS[total]} {fruit}.",
+            entry=f"{fruit} of {who}",
             question=f"How many {fruit} does {who} have?",
             answer=NUMBERS[total],
             choices=NUMBERS,
@@ -114,6 +118,9 @@ def document(rng: random.Random) -> str:
         told.append(event.sentence)
         if rng.random() < 0.6:
             told.append(rng.choice(event.probes).statement)
-    ends = [probe.statement for probe in events[-1].probes]
+    ends = list(events[-1].probes)
     rng.shuffle(ends)
-    return " ".join([*told, events[-1].sentence, "In the end:", *ends])
+    text = " ".join([*told, events[-1].sentence, "In the end:"])
+    if rng.random() < 0.5:
+        return text + "".join(f" {probe.statement}" for probe in ends)
+    return text + "".join(f"\n{probe.entry}\n{probe.answer}" for probe in ends)

@@ -1,4 +1,8 @@
-"""Sums of two numbers of two digits, with pairs that no document and no conversation ever shows."""
+"""Sums of two numbers of two digits, with pairs that no document and no conversation ever shows.
+
+Asked in two ways: for the result at once, which needs the carry before the first digit is written, and step by step, where
+each step adds digits only (Nye et al. 2021, Show Your Work).
+"""
 
 import random
 from collections.abc import Sequence
@@ -28,12 +32,25 @@ def _either_way(rng: random.Random, pair: tuple[int, int]) -> tuple[int, int]:
 
 
 def document(rng: random.Random, seen: Sequence[tuple[int, int]], lines: int = 6) -> str:
-    """A page of sums."""
+    """A page of sums: in a row, each with its result on a line of its own, or step by step."""
     sums = [_either_way(rng, pair) for pair in rng.sample(seen, k=lines)]
-    return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."
+    form = rng.randrange(3)
+    if form == 0:
+        steps = "".join(f"\n{a} + {b}\n{working(a, b)}" for a, b in sums[: lines // 2])
+        return f"Sums in the book, step by step{steps}"
+    if form == 1:
+        return "Sums on the blackboard: " + ", ".join(f"{a} + {b} = {a + b}" for a, b in sums) + "."
+    return "Sums in the book" + "".join(f"\n{a} + {b}\n{a + b}" for a, b in sums)
 
 
-def question(rng: random.Random, pair: tuple[int, int]) -> tuple[str, str]:
-    """A prompt and its answer."""
+def working(a: int, b: int) -> str:
+    """The sum as it is done by hand: working(27, 45) == "7 + 5 = 12, 1 + 2 + 4 = 7, so 72"."""
+    ones = a % 10 + b % 10
+    carry, tens = ones // 10, a // 10 + b // 10
+    return f"{a % 10} + {b % 10} = {ones}, {carry} + {a // 10} + {b // 10} = {carry + tens}, so {a + b}"
+
+
+def question(rng: random.Random, pair: tuple[int, int], *, steps: bool) -> tuple[str, str]:
+    """A prompt and its answer: the result, or the whole working."""
     a, b = _either_way(rng, pair)
-    return f"What is {a} + {b}?", str(a + b)
+    return (f"What is {a} + {b}, step by step?", working(a, b)) if steps else (f"What is {a} + {b}?", str(a + b))

@@ -31,12 +31,16 @@ class Library:
         self.documents.setdefault(text, document)
 
     def write_people(self, villagers: Sequence[Villager], travellers: Iterable[str], mentions: int) -> None:
-        """Biographies and newspapers that state each fact `mentions` times each, and a page about each traveller."""
+        """Each fact `mentions` times in pages about one person and as often in newspapers, and a page about each traveller."""
         news = [(person, fact) for person in villagers for fact in (*VALUES, "spouse")]
         number = 0
-        for _ in range(mentions):
+        for turn in range(mentions):
             for person in villagers:
-                self._add("biography", people.biography(self.rng, person), [person.name])
+                if turn % 3 == 0:
+                    entry = people.register(self.rng, person.name, person.value, [*VALUES, "spouse"])
+                    self._add("register", entry, [person.name])
+                else:
+                    self._add("biography", people.biography(self.rng, person), [person.name])
             self.rng.shuffle(news)
             for start in range(0, len(news), NEWS_PER_PAPER):
                 number += 1

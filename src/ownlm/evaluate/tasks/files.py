@@ -6,8 +6,8 @@
     {context, answer, aliases}              generation: continued as text to the end of the line, exact match
     {prompt, answer}                        generation: asked as a user's message, exact match (Question records too)
 
-The first four are the shapes of the CORE suite (Li et al. 2024, DataComp-LM; files of MosaicML's Evaluation Gauntlet). No examples are put
-before a question. A choice follows its query after one space.
+The first four are the shapes of the CORE suite (Li et al. 2024, DataComp-LM; files of MosaicML's Evaluation Gauntlet).
+No examples are put before a question. A choice follows its query after one space.
 """
 
 import gzip
@@ -49,15 +49,15 @@ def read_rows(path: Path) -> list[Row]:
     """The JSON objects of a file."""
     if not path.is_file():
         raise NotFound(f"there is no file {path}.")
-    open_text = gzip.open if path.suffix == ".gz" else open
     rows: list[Row] = []
-    with open_text(path, "rt", encoding="utf-8") as file:
-        try:
-            for line in file:
-                if line.strip():
-                    rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, gzip.BadGzipFile) as fault:
-            raise UserError(f"not a JSON object: {fault}.", where=f"{path}:{len(rows) + 1}") from None
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        for line in text.split("\n"):
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+    except (ValueError, TypeError, EOFError, gzip.BadGzipFile) as fault:
+        raise UserError(f"not a JSON object: {fault}.", where=f"{path}:{len(rows) + 1}") from None
     return rows
 
 

@@ -115,8 +115,8 @@ def walk(
 ) -> int | None:
     """How many candidates are likelier than log-probability `told`, the secret's; None when there are too many to count.
 
-    Walks the tree of token sequences that spell a candidate. Only a candidate's own tokens count, the ones that the tokenizer gives it,
-    as for the secret.
+    Walks the tree of token sequences that spell a candidate. Only a candidate's own tokens count, the ones that the
+    tokenizer gives it, as for the secret.
     """
     before, secret_ids = model.continuation_ids(prefix, secret)
     lead = secret[: len(secret) - length]

@@ -1,7 +1,8 @@
 """Questions never asked in training, asked through the model's own chat template: greedy, exact match, per skill.
 
-A skill is scored by itself ("people.home") and with its family ("people"), never mixed with another family. The questions about
-one person are resampled together. Confidence in an answer is the product of the probabilities of its tokens, its end included.
+A skill is scored by itself ("people.home") and with its family ("people"), never mixed with another family. The
+questions about one person are resampled together. Confidence in an answer is the product of the probabilities of its
+tokens, its end included.
 """
 
 import math
@@ -87,11 +88,9 @@ def count(
         known = [(share, len(skills[skill])) for skill, share in baselines.items() if share is not None]
         together = sum(share * n for share, n in known) / sum(n for _, n in known) if known else None
         everything = [pair for pairs in skills.values() for pair in pairs]
-        scores.append(_accuracy(f"questions/{family}", everything, together, seed))
-        if set(skills) != {family}:
-            scores += [
-                _accuracy(f"questions/{skill}", pairs, baselines[skill], seed) for skill, pairs in skills.items()
-            ]
+        if len(skills) > 1:
+            scores.append(_accuracy(f"questions/{family}", everything, together, seed))
+        scores += [_accuracy(f"questions/{skill}", pairs, baselines[skill], seed) for skill, pairs in skills.items()]
 
     nobody = [pair for pair in answered if metrics.exact_match(pair[0].answer, UNKNOWN)]
     somebody = [pair for pair in answered if not metrics.exact_match(pair[0].answer, UNKNOWN)]

@@ -84,7 +84,7 @@ def compare(
     seed: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """The baselines' bits per byte on the same documents, and the interval of the difference to the model's, document by document."""
+    """The baselines' bits per byte on the same documents, and the interval of the difference to the model's, by document."""
     total = sum(sizes)
     ngram = baselines.ngram_bits(train, heldout)
     after, alone = baselines.xz_bits(train, heldout)
