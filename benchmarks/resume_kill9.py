@@ -89,11 +89,12 @@ def prove(kills: int, steps: int, seed: int, root: Path) -> bool:
     done = while_writing = 0
     while done < kills:
         process, before = start(partial(run, killed, steps)), newest(killed)
-        # Two of three attempts come further than the last; the others die anywhere, at their start too.
-        patient = done % 3 != 0
-        while patient and newest(killed) == before and os.waitid(os.P_PID, process, NEVER_REAP) is None:
-            time.sleep(0.001)
-        time.sleep(chance.random() * seconds / kills)
+        # A third of the attempts die anywhere, a third after a new state, a third while one is being written.
+        kind = done % 3
+        while kind and os.waitid(os.P_PID, process, NEVER_REAP) is None:
+            if newest(killed) != before and (kind == 1 or any(killed.glob(".state-*"))):
+                break
+        time.sleep(chance.random() * (0.002 if kind == 2 else seconds / kills))
         os.kill(process, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         if code != -signal.SIGKILL:

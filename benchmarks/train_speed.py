@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def ours(folder: Path, steps: int) -> list[float]:
     outcome = train(load_model(folder / "model", dtype=torch.float32), work, settings, Reporter.silent())
     print(f"ownlm: last loss {outcome.loss:.4f}", file=sys.stderr)
     marks.append(time.perf_counter())
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 def trainer(folder: Path, steps: int) -> list[float]:
@@ -120,7 +121,7 @@ def trainer(folder: Path, steps: int) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Clock()]).train()
     marks.append(time.perf_counter())
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 SIDES = {"trainer": trainer, "ownlm": ours}

@@ -91,7 +91,8 @@ def test_faults_are_told(workspace: Workspace) -> None:
 
 
 def test_a_run_killed_with_sigkill_ends_in_the_same_bits() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "resume_kill9.py"), "--kills", "3", "--steps", "30"]
+    script = ROOT / "benchmarks" / "resume_kill9.py"
+    command = [sys.executable, str(script), "--kills", "3", "--steps", "30"]
     done = subprocess.run(
         command,
         env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},

@@ -186,7 +186,7 @@ class _Run:
     def _row(self, norm: float, rate: float) -> None:
         """Write what happened since the last row; validate where it is due."""
         settings, counters = self.settings, self.counters
-        lr = settings.optimizer.lr * factor(settings.schedule, self.step - 1, settings.steps)
+        lr = settings.optimizer.matrix_lr * factor(settings.schedule, self.step - 1, settings.steps)
         row: dict[str, Any] = {
             "step": self.step,
             "loss": counters.row_loss / counters.row_tokens,

@@ -18,10 +18,10 @@ from ownlm.train.parameters import Group, Parameters, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
-    """Peak learning rates by role. `lr` is that of the matrices: Muon's, or AdamW's when kind = "adamw"."""
+    """Peak learning rates by role. `lr` is that of the matrices; None: 0.02 for Muon, 0.002 for AdamW. `clip` None: never."""
 
     kind: Literal["muon", "adamw"] = "muon"
-    lr: float = 0.02
+    lr: float | None = None
     embedding_lr: float = 0.01
     head_lr: float = 0.005
     vector_lr: float = 0.01
@@ -31,8 +31,18 @@ class Optimizer:
     eps: float = 1e-10
     clip: float | None = 1.0
 
+    @property
+    def matrix_lr(self) -> float:
+        return self.lr if self.lr is not None else {"muon": 0.02, "adamw": 0.002}[self.kind]
+
     def peak(self, role: Role) -> float:
-        return {"matrix": self.lr, "embedding": self.embedding_lr, "head": self.head_lr, "vector": self.vector_lr}[role]
+        rates: dict[Role, float] = {
+            "matrix": self.matrix_lr,
+            "embedding": self.embedding_lr,
+            "head": self.head_lr,
+            "vector": self.vector_lr,
+        }
+        return rates[role]
 
 
 # Polar Express (Amsel et al., arXiv 2505.16932): each iteration has its own best quintic, unlike Newton-Schulz's one for all.
@@ -90,7 +100,7 @@ class Update:
         )
         momentum.lerp_(gradient, 1 - settings.momentum)
         update = orthogonalize(gradient.lerp_(momentum, settings.momentum), self.dtype).to(weight.dtype)
-        lr = settings.lr * factor
+        lr = settings.matrix_lr * factor
         # Tall matrices get longer steps, so that the update's effect on the output has the same size for every shape.
         stretch = max(1.0, weight.shape[1] / weight.shape[2]) ** 0.5
         weight.mul_(1 - lr * settings.weight_decay).add_(update, alpha=-lr * stretch)
