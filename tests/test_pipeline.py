@@ -2,8 +2,9 @@
 
 import json
 
-import ownlm
 import pytest
+
+import ownlm
 from ownlm import pipeline
 from ownlm.artifact import Workspace
 from ownlm.catalog import Catalog
@@ -101,7 +102,10 @@ def folder(tmp_path):
     folder = tmp_path / "notes"
     folder.mkdir()
     for number in range(60):
-        lines = [f"Note {number}, line {line}: the mill at the river turns {number + line} times a day." for line in range(30)]
+        lines = [
+            f"Note {number}, line {line}: the mill at the river turns {number + line} times a day."
+            for line in range(30)
+        ]
         (folder / f"note-{number}.txt").write_text("\n".join(lines))
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00" * 50)
     (folder / "broken.md").write_bytes(b"\xff\xfe\xfa broken \xff" * 20)

@@ -265,12 +265,20 @@ def _compare(plan: Plan, made: dict[str, Artifact], workspace: Workspace, report
             ["peak memory", size(plan.peak_memory_bytes), size(memory), f"{memory / plan.peak_memory_bytes - 1:+.0%}"],
         ],
     )
+    scores, found = made["evaluate"].facts["scores"], made["evaluate"].facts["details"]["bits_per_byte"]
+    bits = scores["bits_per_byte bits per byte"]["value"]
+    reporter.line(
+        f"Bits per byte on held-out documents: {bits:.3f}; an order-5 byte n-gram model {found['ngram']:.3f}, "
+        f"xz after the training text {found['xz']:.3f}, xz alone {found['xz_alone']:.3f}."
+    )
     reporter.event(
         "build",
         predicted_s=plan.total_s,
         actual_s=total_s,
         predicted_bytes=plan.peak_memory_bytes,
         actual_bytes=memory,
+        bits_per_byte=bits,
+        **{name: found[name] for name in ("ngram", "xz", "xz_alone")},
     )
 
 
