@@ -13,7 +13,7 @@ import torch
 
 from ownlm.artifact import Workspace
 from ownlm.generate.model import Model
-from ownlm.serve import serve
+from ownlm.serve.server import serve
 
 # One client for all plain requests: making one costs more than most of the requests.
 http = httpx.Client(verify=False, trust_env=False, timeout=60)

@@ -18,12 +18,19 @@ PUBLIC = {
     "UserError": "ownlm.errors",
     "Workspace": "ownlm.artifact",
     "Model": "ownlm.generate.model",
+    "build": "ownlm.api",
+    "finetune": "ownlm.api",
     "load": "ownlm.generate.model",
+    "pretrain": "ownlm.api",
+    "show": "ownlm.api",
 }
-__all__ = sorted(PUBLIC)
+PACKAGES = ("evaluate", "serve")  # packages that are functions too
+__all__ = sorted([*PUBLIC, *PACKAGES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in PACKAGES:
+        return import_module(f"ownlm.{name}")
     if name not in PUBLIC:
         raise AttributeError(f"module 'ownlm' has no attribute {name!r}")
     return getattr(import_module(PUBLIC[name]), name)

@@ -58,33 +58,9 @@ def doctor(args: Arguments, reporter: Reporter) -> int:
 
 def show(args: Arguments, reporter: Reporter) -> None:
     """Say what an artifact is, from which inputs and by which recipe it was made, back to the documents."""
-    from ownlm.lineage import lineage, tree
+    from ownlm.lineage import describe
 
-    workspace = _workspace()
-    artifact = workspace.open(args.ref)
-    manifest = artifact.manifest
-    reporter.line(f"{artifact.ref}: {artifact.kind}, made {manifest.created} by ownlm {manifest.packages['ownlm']}")
-    reporter.line(f"  where    {artifact.path}  ({size(artifact.bytes)}, every file verified)")
-    reporter.line(
-        f"  machine  {manifest.machine['processor']}, {manifest.machine['cores']} cores, {manifest.machine['system']}"
-    )
-    reporter.line(f"  packages {', '.join(f'{name} {number}' for name, number in manifest.packages.items())}")
-    reporter.line("\nmade from")
-    ancestors = list(lineage(workspace, artifact))
-    reporter.line(tree(iter(ancestors)))
-    for title, table in (("facts", manifest.facts), ("recipe", manifest.recipe)):
-        reporter.line(f"\n{title}")
-        for key, value in _flat(table):
-            reporter.line(f"  {key} = {value}")
-    reporter.line("\nfiles")
-    reporter.table(
-        ["file", "size", "sha256"],
-        [[path, size(entry["bytes"]), entry["sha256"][:16]] for path, entry in manifest.files.items()],
-    )
-    history = [{"role": one.role, "ref": one.ref, "digest": one.digest, "state": one.state} for one in ancestors]
-    reporter.event(
-        "artifact", ref=artifact.ref, kind=artifact.kind, facts=manifest.facts, recipe=manifest.recipe, lineage=history
-    )
+    describe(_workspace(), args.ref, reporter)
 
 
 def list_(args: Arguments, reporter: Reporter) -> None:
@@ -124,7 +100,7 @@ def stage(args: Arguments, reporter: Reporter) -> None:
     """Run the stage of that name from a recipe file."""
     from ownlm import pipeline
 
-    made = pipeline.run_stage(args.command, _recipe_path(args.recipe), args.override, _workspace(), reporter)
+    made = pipeline.run_stage(args.command, pipeline.recipe_path(args.recipe), args.override, _workspace(), reporter)
     reporter.line(f"{made.ref} is in {made.path}")
     reporter.event("artifact", ref=made.ref, kind=made.kind, path=made.path, digest=made.digest, facts=made.facts)
 
@@ -163,7 +139,7 @@ def chat(args: Arguments, reporter: Reporter) -> None:
 
 def serve(args: Arguments, reporter: Reporter) -> None:
     """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
-    from ownlm.serve import serve as run
+    from ownlm.serve.server import serve as run
 
     run(args.ref, host=args.host, port=args.port, api_keys=device.api_keys(), workspace=_workspace(), reporter=reporter)
 
@@ -279,21 +255,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _workspace() -> Workspace:
     return Workspace(device.home())
-
-
-def _recipe_path(text: str) -> Path:
-    """A file, or the name of a recipe that comes with ownlm."""
-    from ownlm import pipeline
-
-    shipped = pipeline.recipes_folder() / f"{text.removesuffix('.toml')}.toml"
-    return shipped if not Path(text).exists() and shipped.exists() else Path(text)
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in table.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
-    return rows
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

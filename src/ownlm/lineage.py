@@ -8,9 +8,11 @@ village@1  checkpoint
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, NotFound
+from ownlm.report import Reporter, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,36 @@ def tree(ancestors: Iterator[Ancestor]) -> str:
         role = f"{one.role}: " if one.role else ""
         lines.append(f"{'  ' * one.depth}{role}{one.ref}  {one.kind}  {one.digest[:12]}{note}")
     return "\n".join(lines)
+
+
+def describe(workspace: Workspace, ref: str, reporter: Reporter) -> None:
+    """Say what an artifact is, from which inputs and by which recipe it was made."""
+    artifact = workspace.open(ref)
+    manifest, machine = artifact.manifest, artifact.manifest.machine
+    reporter.line(f"{artifact.ref}: {artifact.kind}, made {manifest.created} by ownlm {manifest.packages['ownlm']}")
+    reporter.line(f"  where    {artifact.path}  ({size(artifact.bytes)}, every file verified)")
+    reporter.line(f"  machine  {machine['processor']}, {machine['cores']} cores, {machine['system']}")
+    reporter.line(f"  packages {', '.join(f'{name} {number}' for name, number in manifest.packages.items())}")
+    ancestors = list(lineage(workspace, artifact))
+    reporter.line(f"\nmade from\n{tree(iter(ancestors))}")
+    for title, table in (("facts", manifest.facts), ("recipe", manifest.recipe)):
+        reporter.line("\n".join([f"\n{title}", *(f"  {key} = {value}" for key, value in _flat(table))]))
+    reporter.line("\nfiles")
+    files = [[path, size(entry["bytes"]), entry["sha256"][:16]] for path, entry in manifest.files.items()]
+    reporter.table(["file", "size", "sha256"], files)
+    history = [{"role": one.role, "ref": one.ref, "digest": one.digest, "state": one.state} for one in ancestors]
+    reporter.event(
+        "artifact", ref=artifact.ref, kind=artifact.kind, facts=manifest.facts, recipe=manifest.recipe, lineage=history
+    )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as rows: {"a": {"b": 1}} gives ("a.b", 1)."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _walk(workspace: Workspace, role: str, artifact: Artifact, depth: int) -> Iterator[Ancestor]:

@@ -38,6 +38,7 @@ EVALUATION_S, EVALUATION_S_PER_MB, EVALUATED_BYTES = (
     1.0,
     8_000_000,
 )  # xz reads at most so much, and is the slowest part
+NGRAM_COST = 12  # bytes of memory for each byte the n-gram baseline reads
 DONE = {"documents", "tokenizer", "encoding", "planning"}  # over before the plan is shown
 NOT_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -303,6 +304,12 @@ def recipes_folder() -> Path:
     """Where the recipes that come with ownlm are: inside an installed package, or in the checkout."""
     installed = Path(__file__).parent / "recipes"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_path(text: str) -> Path:
+    """A file, or the name of a recipe that comes with ownlm."""
+    shipped = recipes_folder() / f"{text.removesuffix('.toml')}.toml"
+    return shipped if not Path(text).exists() and shipped.exists() else Path(text)
 
 
 def parse_budget(text: str) -> float:

@@ -11,8 +11,9 @@ from starlette.testclient import TestClient
 
 from live import http, running
 from ownlm.errors import UserError
-from ownlm.serve import create_app, serve
+from ownlm.serve.app import create_app
 from ownlm.serve.guard import Keys, check_access, host_allowed
+from ownlm.serve.server import serve
 from tiny import tiny_model
 
 KEY, OTHER = "first-key-of-the-tests", "second-key-of-the-tests"

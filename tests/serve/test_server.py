@@ -16,9 +16,10 @@ from live import http, running, slow
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
 from ownlm.generate.model import Model
-from ownlm.serve import create_app, serve
+from ownlm.serve.app import create_app
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Counter, Histogram
+from ownlm.serve.server import serve
 from tiny import tiny_model
 
 KEY = "a-key-of-these-tests"

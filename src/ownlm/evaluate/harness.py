@@ -27,7 +27,7 @@ from ownlm.generate.sampling import Sampling
 from ownlm.records import Completion, Message, Score
 from ownlm.report import Reporter
 
-LOGITS = 1 << 24  # numbers in the largest block of logits held at a time (64 MB)
+LOGITS = 1 << 22  # numbers in the largest block of logits held at a time (16 MB)
 PROMPTS = 256  # questions between two lines of progress
 
 T = TypeVar("T")

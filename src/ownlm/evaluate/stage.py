@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,8 @@ from ownlm.evaluate.plots import Curve
 from ownlm.evaluate.tasks import make_tasks
 from ownlm.generate.model import load
 from ownlm.lineage import lineage
-from ownlm.records import Score, to_json, write_jsonl
+from ownlm.recipe import validate
+from ownlm.records import Score, from_json, to_json, write_jsonl
 from ownlm.report import Reporter, duration
 
 TaskName = Literal["questions", "bits_per_byte", "canary", "association"]
@@ -101,6 +102,30 @@ def evaluate(recipe: EvaluateRecipe, workspace: Workspace, reporter: Reporter) -
         draft.facts |= headline(results) | {"seconds": round(seconds, 2), "peak_memory_bytes": memory}
     tell(draft.done, results, seconds, reporter)
     return draft.done
+
+
+def scores_of(
+    ref: str,
+    *,
+    tasks: Sequence[str] | None = None,
+    documents: str | None = None,
+    workspace: Workspace | None = None,
+    reporter: Reporter | None = None,
+) -> list[Score]:
+    """`evaluate` by reference; the documents are those the checkpoint was made from, unless others are named."""
+    workspace = workspace or Workspace(device.home())
+    checkpoint = workspace.open(ref, "checkpoint")
+    sources = [one.ref for one in lineage(workspace, checkpoint) if one.kind == "documents" and one.state == "here"]
+    if documents is None and not sources:
+        raise UserError(f"the documents {checkpoint.ref} was made from are gone.", cure="Name others: documents=…")
+    fields = {
+        "name": f"{checkpoint.name}-scores",
+        "checkpoint": ref,
+        "documents": documents or sources[0],
+        "tasks": tasks,
+    }
+    made = evaluate(validate(EvaluateRecipe, fields, where="evaluate"), workspace, reporter or Reporter.silent())
+    return [from_json(Score, row) for row in json.loads(made.file("scores.json").read_text(encoding="utf-8"))]
 
 
 def write(folder: Path, subject: report.Subject, results: list[Result]) -> None:
