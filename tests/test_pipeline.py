@@ -1,6 +1,7 @@
 """The whole life at a size that takes seconds: every stage, the second run that finds them, a build of real files."""
 
 import json
+import random
 
 import pytest
 
@@ -101,12 +102,11 @@ def test_faults_of_all_tables_come_at_once(tmp_path):
 def folder(tmp_path):
     folder = tmp_path / "notes"
     folder.mkdir()
-    for number in range(60):
-        lines = [
-            f"Note {number}, line {line}: the mill at the river turns {number + line} times a day."
-            for line in range(30)
-        ]
-        (folder / f"note-{number}.txt").write_text("\n".join(lines))
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghiklmnoprstuvw", k=draw.randint(2, 9))) for _ in range(400)]
+    for number in range(120):
+        sentences = [" ".join(draw.choices(words, k=draw.randint(5, 14))).capitalize() + "." for _ in range(60)]
+        (folder / f"note-{number}.txt").write_text(" ".join(sentences))
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00" * 50)
     (folder / "broken.md").write_bytes(b"\xff\xfe\xfa broken \xff" * 20)
     return folder
