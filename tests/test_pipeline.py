@@ -108,7 +108,7 @@ def folder(tmp_path):
         sentences = [" ".join(draw.choices(words, k=draw.randint(5, 14))).capitalize() + "." for _ in range(60)]
         (folder / f"note-{number}.txt").write_text(" ".join(sentences))
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00" * 50)
-    (folder / "broken.md").write_bytes(b"\xff\xfe\xfa broken \xff" * 20)
+    (folder / "broken.md").write_bytes(b"\xfa\xfb broken \xff" * 20)
     return folder
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ EVALUATION_S, EVALUATION_S_PER_MB, EVALUATED_BYTES = (
     1.0,
     8_000_000,
 )  # xz reads at most so much, and is the slowest part
-NGRAM_COST = 12  # bytes of memory for each byte the n-gram baseline reads
+EVALUATION_BYTES, BASELINE_COST = 700_000_000, 15  # peak memory: of the process, and for each byte the baselines read
 DONE = {"documents", "tokenizer", "encoding", "planning"}  # over before the plan is shown
 NOT_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -232,6 +232,8 @@ def _planned(
         spent=clock.seconds,
         reserved=reserved,
     )
+    if chat and seconds is None:
+        plan = replace(plan, seconds={**plan.seconds, "tuning": TUNING_SHARE * plan.seconds["training"]})
     if keep:
         workspace.runs.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps({"key": key, "plan": asdict(plan)}, indent=1))

@@ -92,7 +92,7 @@ def test_faults_are_told(workspace: Workspace) -> None:
 
 def test_a_run_killed_with_sigkill_ends_in_the_same_bits() -> None:
     script = ROOT / "benchmarks" / "resume_kill9.py"
-    command = [sys.executable, str(script), "--kills", "2", "--steps", "80"]
+    command = [sys.executable, str(script), "--kills", "3", "--steps", "200"]
     done = subprocess.run(
         command,
         env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
@@ -101,7 +101,7 @@ def test_a_run_killed_with_sigkill_ends_in_the_same_bits() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 kills" in done.stdout
+    assert "3 kills" in done.stdout
 
 
 CORPUS = Corpus(train_tokens=2_000_000, validation_tokens=50_000, vocab_size=512)

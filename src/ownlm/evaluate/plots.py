@@ -76,7 +76,7 @@ def skills(bars: Sequence[Bar], title: str = "Accuracy per skill") -> str:
         parts += [_line(x(end), middle - 4, x(end), middle + 4, "whisker") for end in (bar.low, bar.high)]
         if bar.baseline is not None:
             parts.append(_line(x(bar.baseline), y + 3, x(bar.baseline), y + row - 3, "mark"))
-        parts.append(_text(x(1) + 58, middle + 4.5, f"{100 * bar.value:.1f} %", anchor="end", weight=600))
+        parts.append(_text(x(1) + 66, middle + 4.5, f"{100 * bar.value:.1f} %", anchor="end", weight=600))
         parts.append(_text(WIDTH - 10, middle + 4.5, f"n = {bar.n:,}", "soft small", "end"))
     told = "; ".join(f"{bar.label} {100 * bar.value:.1f} % (n = {bar.n})" for bar in bars)
     return _svg("skills", title, told, height, parts)

@@ -98,9 +98,7 @@ def train(model: Decoder, work: Work, settings: Settings, reporter: Reporter) ->
     """
     keep_freed_memory()
     with checkpoint.locked(work.folder), _stop_signals() as stopped:
-        outcome = _Run(model, work, settings, reporter).run(stopped)
-    return_freed_memory()
-    return outcome
+        return _Run(model, work, settings, reporter).run(stopped)
 
 
 class _Run:
@@ -281,9 +279,12 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system, so that the stages after training don't add to its peak."""
+    """Undo `keep_freed_memory` and give back what was freed, so that the stages after training don't add to its peak."""
     gc.collect()
     if (libc := _glibc()) is not None:
+        m_trim_threshold, m_mmap_threshold, default = -1, -3, 128 * 1024
+        libc.mallopt(m_mmap_threshold, default)
+        libc.mallopt(m_trim_threshold, default)
         libc.malloc_trim(0)
 
 

@@ -129,8 +129,8 @@ def make_plan(
 ) -> Plan:
     """The plan for a budget of `seconds` for everything, of `params`, or both.
 
-    `spent` are the seconds of the stages that are over, `reserved` those that will follow training; `reserved_bytes` is the
-    memory that what follows needs on top, for little of training's is given back to the system. Measures this machine for
+    `spent` are the seconds of the stages that are over, `reserved` those that will follow training, with a peak memory of
+    `reserved_bytes`. Measures this machine for
     about ten seconds. Raises UserError when the time or the corpus is too small for any training.
     """
     assert seconds is not None or params is not None, "a budget is needed"
@@ -180,7 +180,7 @@ def make_plan(
     raw_s = steps * measured.step_s + fixed_s
     # The shard is mapped: its pages count as memory of the process once they were read.
     token_bytes = corpus.train_tokens * (2 if corpus.vocab_size <= 2**16 else 4)
-    raw_bytes = measured.peak_memory_bytes + token_bytes + reserved_bytes
+    raw_bytes = max(measured.peak_memory_bytes + token_bytes, reserved_bytes)
     return Plan(
         shape=shape,
         context=context,

@@ -37,7 +37,7 @@ from ownlm.tokens.batches import (
 )
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.shards import Shard, TokensRecipe, open_shard, tokenize
-from ownlm.train.loop import Settings, Work, train, validate
+from ownlm.train.loop import Settings, Work, return_freed_memory, train, validate
 from ownlm.train.objectives import OBJECTIVES
 from ownlm.train.optimizers import Optimizer
 from ownlm.train.schedule import Schedule
@@ -299,6 +299,7 @@ def _run(
             # Every token is a target once, so the sum of losses is the information in the whole text.
             trained = sum(batch.num_trained for batch in everything())
             facts["bits_per_byte"] = loss * trained / math.log(2) / held_out.bytes
+    return_freed_memory()
     facts["stage_seconds"] = outcome.seconds + time.perf_counter() - ended  # with the last validation
     with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
         save_model(
