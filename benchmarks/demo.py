@@ -44,10 +44,10 @@ def main() -> int:
         print(f"seed {seed}: {result['seconds']:.0f} s, peak {result['peak_mb']:.0f} MB")
         for task, row in accuracy.items():
             print(
-                f"  {task:24} {row.value:6.1%}  [{row.low:.1%}, {row.high:.1%}]  n = {row.n:4}"
+                f"  {task:32} {row.value:6.1%}  [{row.low:.1%}, {row.high:.1%}]  n = {row.n:4}"
                 + (f"  majority {row.baseline:.1%}" if row.baseline is not None else "")
             )
-        people, strangers = accuracy["people"], accuracy["strangers"]
+        people, strangers = accuracy["questions/people"], accuracy["questions/strangers"]
         asked = people.n + strangers.n
         fine = (
             people.value >= 0.95
