@@ -232,7 +232,7 @@ class Workspace:
         files = {}
         for file in sorted(path for path in draft.path.rglob("*") if path.is_file()):
             files[file.relative_to(draft.path).as_posix()] = {"sha256": sha256(file), "bytes": file.stat().st_size}
-            _flush(file)
+            flush(file)
         manifest = Manifest(
             kind=kind,
             name=name,
@@ -254,7 +254,7 @@ class Workspace:
         write_atomic(draft.path / "manifest.json", _seal(manifest))
         target = self.artifacts / name / str(manifest.version)
         draft.path.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         artifact = Artifact(target, manifest)
         self.verified.add((str(target), manifest.digest))
         return artifact
@@ -329,9 +329,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     with storage(path.parent):
         try:
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -382,7 +382,7 @@ def _seal(manifest: Manifest) -> str:
     return json.dumps({**data, "seal": _hash(data)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync a file or, where the system can, a directory, so that a rename after it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

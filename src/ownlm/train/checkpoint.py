@@ -12,7 +12,6 @@ or on a full disk, there is a whole one. A state whose hashes don't match is pas
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ownlm.artifact import require_space, sha256, storage, write_atomic
+from ownlm.artifact import flush, require_space, sha256, storage, write_atomic
 from ownlm.errors import ArtifactError, Busy, NotFound
 from ownlm.models.tensorfile import read_header, read_tensors, write_tensors
 from ownlm.report import Reporter
@@ -69,7 +68,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping
             target = folder / draft.name.removeprefix(".")
             shutil.rmtree(target, ignore_errors=True)  # one of this step is there only if it was found to be damaged
             draft.rename(target)
-            _flush(folder)
+            flush(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     for old in _states(folder)[KEEP:]:
@@ -111,11 +110,3 @@ def _states(folder: Path) -> list[Path]:
 
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
