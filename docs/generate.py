@@ -24,9 +24,8 @@ def command_line() -> str:
     os.environ["COLUMNS"] = "100"
     os.environ["NO_COLOR"] = "1"
     parser = cli.make_parser()
-    (children,) = [action for action in parser._subparsers._group_actions if hasattr(action, "choices")]  # type: ignore[union-attr]
     parts = [NOTE, "# Command line\n", fenced(parser.format_help())]
-    for name, child in children.choices.items():  # type: ignore[union-attr]
+    for name, child in cli.children(parser).items():
         parts += [f"## ownlm {name}\n", fenced(child.format_help())]
     return "\n".join(parts)
 

@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +65,14 @@ def test_every_command_has_help():
 def test_unknown_command_names_the_nearest(capsys):
     assert main(["pretain"]) == 2
     assert "Did you mean pretrain?" in capsys.readouterr().err
+
+
+def test_flags_may_stand_between_settings(monkeypatch):
+    seen = []
+    monkeypatch.setitem(COMMANDS, "generate", replace(COMMANDS["generate"], run=lambda args, _: seen.append(args)))
+    assert main(["generate", "demo", "a=b", "--chat", "max_tokens=3", "top_k=1"]) == 0
+    (args,) = seen
+    assert (args.ref, args.prompt, args.chat, args.override) == ("demo", "a=b", True, ["max_tokens=3", "top_k=1"])
 
 
 def test_show_and_list_and_rm(documents, capsys):

@@ -57,7 +57,7 @@ def test_faults_are_told_of_the_union_member_that_was_meant():
     with pytest.raises(RecipeError) as caught:
         recipe.read(Recipe, None, ["name=x", "steps=1", "optimizer.kind=muon", "optimizer.momentun=1"])
     assert str(caught.value) == (
-        "recipe: optimizer.momentun is not a field. Did you mean momentum? Fields here: kind, momentum."
+        "settings: optimizer.momentun is not a field. Did you mean momentum? Fields here: kind, momentum."
     )
 
 

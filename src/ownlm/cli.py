@@ -219,7 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(words[0], COMMANDS, n=1)
         print(f"ownlm: there is no command {words[0]!r}.{f' Did you mean {near[0]}?' if near else ''}", file=sys.stderr)  # noqa: T201
         return 2
-    args = parser.parse_args(words)
+    if not words or words[0] not in COMMANDS:
+        parser.parse_args(words or ["--help"])
+    args = children(parser)[words[0]].parse_intermixed_args(words[1:])  # flags may stand between key=value words
+    args.command = words[0]
     reporter = Reporter("programs" if args.json else "people")
     try:
         return COMMANDS[args.command].run(args, reporter) or 0
@@ -251,6 +254,12 @@ def make_parser() -> argparse.ArgumentParser:
             child.add_argument(argument, **options)
         child.add_argument("--json", action="store_true", help="one JSON line per event, for programs")
     return parser
+
+
+def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)
 
 
 def _workspace() -> Workspace:

@@ -29,7 +29,7 @@ def read(
         _merge(data, load(path))
     for override in overrides:
         set_value(data, override)
-    return validate(cls, data, where=str(path) if path else "recipe")
+    return validate(cls, data, where=str(path) if path else "settings")
 
 
 def load(path: Path) -> dict[str, Any]:
