@@ -89,6 +89,13 @@ def test_the_shipped_recipes_are_whole():
         assert pipeline.read_recipe(path).name
 
 
+@pytest.mark.parametrize("change", ["people=9", "people=8", "mentions=0"])
+def test_a_village_too_small_to_plant_anything_in_is_refused(change):
+    path = pipeline.recipe_path("village-cpu")
+    with pytest.raises(RecipeError, match="must be"):
+        pipeline.read_recipe(path, ["documents.source.mentions=4", f"documents.source.{change}"])
+
+
 def test_faults_of_all_tables_come_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('name = "x"\n[pretrain]\nstepps = 1\n[evaluate]\ntasks = ["quizz"]\n')

@@ -45,6 +45,14 @@ class WorldSource:
     story_documents: int = 6000
     sum_documents: int = 4000
 
+    def __post_init__(self) -> None:
+        if self.people < 8 or self.people % 4:
+            raise ValueError("people must be a multiple of 4, at least 8")
+        if self.people * self.mentions < 96:
+            raise ValueError(
+                "people * mentions must be at least 96, or there are too few documents to plant duplicates in"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentsRecipe:
