@@ -124,7 +124,6 @@ def test_runs_are_listed(home, capsys):
 
 
 def test_doctor_reports_this_machine(capsys):
-    pytest.importorskip("torch")
     assert main(["doctor", "--json"]) == 0
     findings = {row["what"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {"ownlm", "torch", "compute", "memory", "disk", "workspace"} == set(findings)

@@ -52,7 +52,8 @@ def test_greedy_is_what_generate_writes() -> None:
 
 
 def test_transformers_finds_the_same_loglikelihood(tmp_path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     save_model(MODEL.decoder, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     for (before, scored), span in zip(PAIRS, logprobs(MODEL, PAIRS, 8192), strict=True):
