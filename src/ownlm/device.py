@@ -108,6 +108,13 @@ def free_memory_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def memory_bytes() -> int:
+    """The resident set of this process now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory_bytes() -> int:
     """The largest resident set this process has had so far."""
     for line in _read_lines("/proc/self/status"):

@@ -22,6 +22,7 @@ from ownlm.artifact import Artifact, Workspace, check_name, require_space, write
 from ownlm.catalog import Catalog
 from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.errors import UserError
+from ownlm.evaluate.baselines import NGRAM_BYTES, XZ_BYTES
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.report import Reporter, duration, size
 from ownlm.tokens.shards import TokensRecipe, tokenize
@@ -33,12 +34,10 @@ from ownlm.train.stages import FinetuneRecipe, PretrainRecipe, finetune, pretrai
 DEMO = "village-cpu.toml"
 DEFAULT_BUDGET = "10m"
 TUNING_SHARE = 0.15  # of the time for training, where there are conversations
-EVALUATION_S, EVALUATION_S_PER_MB, EVALUATED_BYTES = (
-    5.0,
-    1.0,
-    8_000_000,
-)  # xz reads at most so much, and is the slowest part
-EVALUATION_BYTES, BASELINE_COST = 700_000_000, 15  # peak memory: of the process, and for each byte the baselines read
+# Of the evaluation: xz reads at most so many bytes and is the slowest part; for each byte of text that the baselines hold,
+# the n-gram model's numbers of six bytes are sorted; the rest is the forward pass of one batch.
+EVALUATION_S, EVALUATION_S_PER_MB = 5.0, 1.0
+EVALUATION_BYTES, EVALUATION_BYTES_PER_BYTE = 100_000_000, 13
 DONE = {"documents", "tokenizer", "encoding", "planning"}  # over before the plan is shown
 NOT_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -220,7 +219,7 @@ def _planned(
         validation_tokens=splits["validation"]["tokens"],
         vocab_size=tokens.facts["vocab_size"],
     )
-    reserved = {"evaluation": EVALUATION_S + EVALUATION_S_PER_MB * min(text_bytes, EVALUATED_BYTES) / 1e6}
+    reserved = {"evaluation": EVALUATION_S + EVALUATION_S_PER_MB * min(text_bytes, XZ_BYTES) / 1e6}
     if chat and seconds is not None:
         reserved["tuning"] = TUNING_SHARE * max(0.0, seconds - sum(clock.seconds.values()))
     plan = make_plan(
@@ -231,6 +230,7 @@ def _planned(
         params=params,
         spent=clock.seconds,
         reserved=reserved,
+        reserved_bytes=EVALUATION_BYTES + EVALUATION_BYTES_PER_BYTE * min(text_bytes, NGRAM_BYTES),
     )
     if chat and seconds is None:
         plan = replace(plan, seconds={**plan.seconds, "tuning": TUNING_SHARE * plan.seconds["training"]})

@@ -109,7 +109,12 @@ CORPUS = Corpus(train_tokens=2_000_000, validation_tokens=50_000, vocab_size=512
 
 def test_a_larger_budget_gives_a_larger_model() -> None:
     cost = StepCost(
-        {96: Probe(step_s=0.03, peak_memory_bytes=0), 256: Probe(step_s=0.2, peak_memory_bytes=0)}, CORPUS, 256
+        {
+            width: Probe(step_s=step_s, validation_token_s=1e-6, final_token_s=2e-6, peak_memory_bytes=0)
+            for width, step_s in ((96, 0.03), (256, 0.2))
+        },
+        CORPUS,
+        256,
     )
     assert cost(96) == pytest.approx(0.03)
     assert cost(256) == pytest.approx(0.2)

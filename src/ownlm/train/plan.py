@@ -52,9 +52,12 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Measured on this machine: seconds of one step of `rows` x `context` tokens, and the peak memory of the process."""
+    """Measured on this machine: seconds of one step, seconds per token of a validation during training (in its dtype) and
+    after it (in fp32, as the model is saved), and the peak memory of the process."""
 
     step_s: float
+    validation_token_s: float
+    final_token_s: float
     peak_memory_bytes: int
 
 
@@ -129,15 +132,16 @@ def make_plan(
 ) -> Plan:
     """The plan for a budget of `seconds` for everything, of `params`, or both.
 
-    `spent` are the seconds of the stages that are over, `reserved` those that will follow training, with a peak memory of
-    `reserved_bytes`. Measures this machine for
-    about ten seconds. Raises UserError when the time or the corpus is too small for any training.
+    `spent` are the seconds of the stages that are over, `reserved` those that will follow training, which add
+    `reserved_bytes` to the memory the process has now. Measures this machine for about ten seconds. Raises UserError when
+    the time or the corpus is too small for any training.
     """
     assert seconds is not None or params is not None, "a budget is needed"
     before = {**(spent or {})}
     after = {**(reserved or {})}
     context = context_for(corpus)
     began = time.perf_counter()
+    after_bytes = device.memory_bytes() + reserved_bytes
     time_ratio, memory_ratio = corrections(workspace)
     widths = WIDTHS if params is None else (width_for(params, corpus, context),)
     if len(widths) > 1:
@@ -167,7 +171,7 @@ def make_plan(
         batch_tokens = wanted
         measured = probe(shape, corpus, context, batch_tokens)
     before["planning"] = time.perf_counter() - began
-    fixed_s = validation_s(measured, batch_tokens, corpus, parameters)
+    fixed_s = validation_s(measured, corpus, parameters)
     steps = most_tokens / batch_tokens
     if seconds is not None:
         steps = min(steps, (_left(seconds, before, after, 0.0) / time_ratio - fixed_s) / measured.step_s)
@@ -180,7 +184,7 @@ def make_plan(
     raw_s = steps * measured.step_s + fixed_s
     # The shard is mapped: its pages count as memory of the process once they were read.
     token_bytes = corpus.train_tokens * (2 if corpus.vocab_size <= 2**16 else 4)
-    raw_bytes = max(measured.peak_memory_bytes + token_bytes, reserved_bytes)
+    raw_bytes = max(measured.peak_memory_bytes + token_bytes, after_bytes + token_bytes + 4 * parameters)
     return Plan(
         shape=shape,
         context=context,
@@ -275,10 +279,29 @@ def probe(shape: ModelShape, corpus: Corpus, context: int, batch_tokens: int) ->
         times.append(time.perf_counter() - start)
         if len(times) >= 4 and time.perf_counter() - began > 4 * PROBE_S:
             break
+    validation_s = _forward_s(model, batch)
+    parameters.release(model)
+    final_s = _forward_s(model, batch)
     peak = device.peak_memory_bytes()
     del model, parameters, update, loss, batch
     gc.collect()
-    return Probe(step_s=statistics.median(times[1:]), peak_memory_bytes=peak)
+    return Probe(
+        step_s=statistics.median(times[1:]),
+        validation_token_s=validation_s / tokens[:, 1:].numel(),
+        final_token_s=final_s / tokens[:, 1:].numel(),
+        peak_memory_bytes=peak,
+    )
+
+
+def _forward_s(model: Decoder, batch: Batch) -> float:
+    """Seconds of one validation of the batch, the median of three after one more."""
+    times = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            float(causal_lm(model, batch).sum)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 class StepCost:
@@ -320,11 +343,11 @@ def expected_loss(width: int, step_s: float, seconds: float, corpus: Corpus, con
     return loss
 
 
-def validation_s(measured: Probe, batch_tokens: int, corpus: Corpus, parameters: int) -> float:
-    """Seconds of a run besides its steps: validations (a third of a step's work per token), states, start and end."""
-    forward_s = measured.step_s / batch_tokens / 3
-    held_out = (VALIDATIONS + 1) * min(VALIDATION_TOKENS, corpus.validation_tokens) + corpus.validation_tokens
-    return held_out * forward_s + STATES * 12 * parameters / DISK_BYTES_PER_S + START_S
+def validation_s(measured: Probe, corpus: Corpus, parameters: int) -> float:
+    """Seconds of a run besides its steps: validations, states, start and end."""
+    during = (VALIDATIONS + 1) * min(VALIDATION_TOKENS, corpus.validation_tokens) * measured.validation_token_s
+    final = corpus.validation_tokens * measured.final_token_s
+    return during + final + STATES * 12 * parameters / DISK_BYTES_PER_S + START_S
 
 
 def corrections(workspace: Workspace) -> tuple[float, float]:
