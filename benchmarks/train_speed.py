@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from ownlm import device
-from ownlm.models.blocks import Attention, FeedForward, Learned, Norm, Rotary
-from ownlm.models.decoder import Decoder, DecoderConfig, init_weights
+from ownlm.models.decoder import Decoder, DecoderConfig, init_weights, uniform
+from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
 from ownlm.models.weights import load_model, save_model
 
 VOCAB, WIDTH, LAYERS, HEADS, CONTEXT, ROWS = 8_192, 384, 6, 6, 256, 8
@@ -31,7 +31,7 @@ WARMUP = 4
 
 def config(family: str) -> DecoderConfig:
     gpt2 = family == "gpt2"
-    return DecoderConfig(
+    return uniform(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         num_layers=LAYERS,
@@ -43,7 +43,7 @@ def config(family: str) -> DecoderConfig:
         if gpt2
         else FeedForward(size=1024),
         norm=Norm(kind="layer", eps=1e-5) if gpt2 else Norm(),
-        position=Learned() if gpt2 else Rotary(),
+        rotary=None if gpt2 else Rotary(),
         tie_embeddings=True,
     )
 

@@ -8,8 +8,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from ownlm.generate.model import Model
-from ownlm.models.blocks import Attention, FeedForward
-from ownlm.models.decoder import Decoder, DecoderConfig
+from ownlm.models.decoder import Decoder, uniform
+from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.template import CHATML
 
@@ -30,13 +30,14 @@ def tiny_tokenizer() -> Tokenizer:
 def tiny_model(*, context: int = 128, seed: int = 0, gain: float = 1.0, slots: int = 8) -> Model:
     """A model with loud random weights, so that every token matters to the next; `gain` above 1 makes it surer of itself."""
     tokenizer = tiny_tokenizer()
-    config = DecoderConfig(
+    config = uniform(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
         num_layers=2,
         max_tokens=context,
         attention=Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True),
         mlp=FeedForward(size=48),
+        rotary=Rotary(),
     )
     decoder = Decoder(config)
     generator = torch.Generator().manual_seed(seed)

@@ -39,11 +39,38 @@ GPT2: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+NEO: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "max_position_embeddings": 256, "intermediate_size": 48,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GEMMA: dict[str, Any] = SMALL | {"head_dim": 16, "pad_token_id": None}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 64, "truncate": False,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 8.0], "original_max_position_embeddings": 100,
+}  # fmt: skip
+PHI3: dict[str, Any] = SMALL | {"pad_token_id": 0, "max_position_embeddings": 512}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", **GPT2},
     "gpt2-untied-gelu": {
         "model_type": "gpt2", **GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 40,
         "scale_attn_weights": False,
+    },
+    "gpt-neo": {
+        "model_type": "gpt_neo", **NEO, "num_layers": 2, "num_heads": 4, "window_size": 24,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt-neox": {
+        "model_type": "gpt_neox", **NEO, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+    },
+    "gpt-neox-sequential": {
+        "model_type": "gpt_neox", **NEO, "num_hidden_layers": 2, "num_attention_heads": 4, "use_parallel_residual": False,
+        "attention_bias": False,
     },
     "llama": {"model_type": "llama", **SMALL},
     "llama-biased": {"model_type": "llama", **SMALL, "attention_bias": True, "mlp_bias": True, "hidden_act": "relu2"},
@@ -52,8 +79,41 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "llama", **SMALL, "head_dim": 16,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
     },
+    "llama-yarn": {"model_type": "llama", **SMALL, "head_dim": 16, "rope_parameters": YARN},
+    "mistral": {"model_type": "mistral", **SMALL, "sliding_window": 24, "head_dim": 16},
+    "mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi2": {
+        "model_type": "phi", **{k: v for k, v in SMALL.items() if k != "rms_norm_eps"}, "layer_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "phi3": {"model_type": "phi3", **PHI3, "sliding_window": 24},
+    "phi3-longrope": {
+        "model_type": "phi3", **PHI3, "rope_parameters": LONG, "original_max_position_embeddings": 100,
+    },
+    "gemma": {"model_type": "gemma", **GEMMA},
+    "gemma2": {"model_type": "gemma2", **GEMMA, "sliding_window": 24, "query_pre_attn_scalar": 20},
+    "gemma3": {
+        "model_type": "gemma3_text", **GEMMA, "num_hidden_layers": 3, "sliding_window": 24, "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    },
+    "qwen2": {"model_type": "qwen2", **SMALL},
+    "qwen2-windows": {
+        "model_type": "qwen2", **SMALL, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1,
+    },
     "qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 16},
     "qwen3-tied": {"model_type": "qwen3", **SMALL, "head_dim": 8, "tie_word_embeddings": True, "attention_bias": True},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", **SMALL, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24, "norm_topk_prob": False,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss", **SMALL, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": 24, "rope_parameters": YARN, "layer_types": ["sliding_attention", "full_attention"],
+    },
 }  # fmt: skip
 
 

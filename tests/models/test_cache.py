@@ -1,5 +1,6 @@
 """The cache changes nothing but the time: cached == uncached, together == one by one, packed == apart."""
 
+import math
 from typing import Any
 
 import pytest
@@ -123,9 +124,8 @@ def test_a_full_cache_is_noticed(model: Decoder) -> None:
 
 
 def test_cache_memory(model: Decoder) -> None:
-    a = model.config.attention
     cache = KVCache(model.config, slots=3, max_tokens=7, dtype=torch.bfloat16)
-    assert cache.memory_bytes == 2 * 2 * model.config.num_layers * 3 * 8 * a.num_kv_heads * a.head_dim
+    assert cache.memory_bytes == 2 * 2 * model.config.num_layers * 3 * 8 * math.prod(model.config.kv_shape)
 
 
 @pytest.mark.parametrize("training", [False, True])

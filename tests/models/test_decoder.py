@@ -1,21 +1,20 @@
 """Fresh weights, and the counts that a plan is made from."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from ownlm.models.blocks import Attention, FeedForward, Learned, Norm, Rotary
-from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, flops_per_token, init_weights
+from ownlm.models.decoder import Decoder, count_parameters, flops_per_token, init_weights, uniform
+from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
 
-CONFIG = DecoderConfig(
-    vocab_size=61,
-    hidden_size=24,
-    num_layers=3,
-    max_tokens=16,
-    attention=Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True),
-    mlp=FeedForward(size=40),
-)
+ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
+PARTS: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 24, "num_layers": 3, "max_tokens": 16, "attention": ATTENTION,
+    "mlp": FeedForward(size=40), "rotary": Rotary(),
+}  # fmt: skip
+CONFIG = uniform(**PARTS)
 
 
 def weights(model: Decoder) -> dict[str, torch.Tensor]:
@@ -39,7 +38,7 @@ def test_a_fresh_model_predicts_nearly_uniformly(tied: bool) -> None:
 
 
 def test_every_weight_gets_a_gradient() -> None:
-    for config in (CONFIG, replace(CONFIG, position=Learned(), norm=Norm(kind="layer"), tie_embeddings=True)):
+    for config in (CONFIG, uniform(**PARTS | {"rotary": None, "norm": Norm(kind="layer"), "tie_embeddings": True})):
         model = init_weights(Decoder(config), zero_output=False)
         model.logits(model(torch.randint(0, 61, (4, 16)))).square().mean().backward()
         for name, parameter in model.named_parameters():
@@ -54,11 +53,9 @@ def test_zero_output_is_the_identity() -> None:
     assert torch.equal(model(ids), model.norm(model.embed_tokens(ids)))
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"position": Learned()}, {"norm": Norm(kind="layer")}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"rotary": None}, {"norm": Norm(kind="layer")}])
 def test_count_parameters(changes: dict[str, object]) -> None:
-    config = replace(CONFIG, **changes)
+    config = uniform(**PARTS | changes)
     assert count_parameters(config) == sum(p.numel() for p in Decoder(config).parameters())
 
 
@@ -69,14 +66,13 @@ def test_flops_against_a_count_of_matrix_products() -> None:
     model, rows = init_weights(Decoder(CONFIG)), 16
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.randint(0, 61, (1, rows))))
-    a = CONFIG.attention
+    a = ATTENTION
     unseen = 2 * CONFIG.num_layers * a.num_heads * a.head_dim * rows
     assert counter.get_total_flops() / rows == pytest.approx(flops_per_token(CONFIG, rows) / 3 + unseen, rel=1e-6)
 
 
 def test_a_distance_is_all_that_rotation_sees() -> None:
     model = init_weights(Decoder(CONFIG), zero_output=False)
-    assert isinstance(CONFIG.position, Rotary)
     ids = torch.randint(0, 61, (1, 12))
     positions = torch.arange(12)[None]
     with torch.no_grad():

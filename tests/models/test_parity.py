@@ -12,9 +12,9 @@ from references import CONFIGS, difference, save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ownlm.models import blocks
-from ownlm.models.blocks import Llama3Scaling, RMSNorm, Rotary, SelfAttention
+from ownlm.models.blocks import MoE, RMSNorm, SelfAttention
 from ownlm.models.decoder import Decoder
+from ownlm.models.specs import Activation
 from ownlm.models.weights import load_model
 
 BAR = 1e-5
@@ -88,7 +88,7 @@ def test_padding(name: str, side: str, tmp_path: Path) -> None:
     assert difference(logits[keep], expected[keep]) <= BAR
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen3", "mistral", "mixtral", "phi2", "gemma2", "gpt_oss"])
 def test_vectors(name: str) -> None:
     if not VECTORS.exists():
         pytest.skip("the shared test vectors lie beside the repository, and are not there")
@@ -126,19 +126,44 @@ def rebuilt(model: Decoder, **changes: Any) -> Decoder:
     return other
 
 
+def layers(model: Decoder, change: Callable[[Any], Any]) -> Decoder:
+    """The same weights, with `change` applied to the spec of every layer."""
+    return rebuilt(model, layers=tuple(map(change, model.config.layers)))
+
+
 def attention(model: Decoder, **changes: Any) -> Decoder:
-    return rebuilt(model, attention=replace(model.config.attention, **changes))
+    return layers(model, lambda layer: replace(layer, attention=replace(layer.attention, **changes)))
+
+
+def mlp(model: Decoder, **changes: Any) -> Decoder:
+    return layers(model, lambda layer: replace(layer, mlp=replace(layer.mlp, **changes)))
+
+
+def experts(model: Decoder, **changes: Any) -> Decoder:
+    return mlp(model, experts=replace(model.config.layers[0].mlp.experts, **changes))
+
+
+def norms(model: Decoder, **changes: Any) -> Decoder:
+    norm = replace(model.config.norm, **changes)
+    other = layers(model, lambda layer: replace(layer, norm=norm))
+    return rebuilt(other, norm=norm)
 
 
 def rotary(model: Decoder, **changes: Any) -> Decoder:
-    assert isinstance(model.config.position, Rotary)
-    return rebuilt(model, position=replace(model.config.position, **changes))
+    return layers(model, lambda layer: replace(layer, rotary=replace(layer.rotary, **changes)))
 
 
 def scaled(model: Decoder, **changes: Any) -> Decoder:
-    assert isinstance(model.config.position, Rotary)
-    assert isinstance(model.config.position.scaling, Llama3Scaling)
-    return rotary(model, scaling=replace(model.config.position.scaling, **changes))
+    return layers(
+        model,
+        lambda layer: replace(layer, rotary=replace(layer.rotary, scaling=replace(layer.rotary.scaling, **changes))),
+    )
+
+
+def first_layer_everywhere(model: Decoder) -> Decoder:
+    """Every layer takes the attention spec and the rotation of the first."""
+    first = model.config.layers[0]
+    return layers(model, lambda layer: replace(layer, attention=first.attention, rotary=first.rotary))
 
 
 def each_attention(model: Decoder, change: Callable[[SelfAttention], None]) -> Decoder:
@@ -157,7 +182,15 @@ def interleave_kv(a: SelfAttention) -> None:
 def interleave_rotary(a: SelfAttention) -> None:
     """The layout of GGUF and Meta files, read as if it were ours."""
     for layer in (a.q_proj, a.k_proj):
-        layer.weight.copy_(layer.weight.unflatten(0, (-1, 2, a.head_dim // 2)).transpose(1, 2).flatten(0, 2))
+        layer.weight.copy_(layer.weight.unflatten(0, (-1, 2, a.spec.head_dim // 2)).transpose(1, 2).flatten(0, 2))
+
+
+def exchange_qkv(a: SelfAttention) -> None:
+    """q, k and v taken for three blocks of rows."""
+    whole = torch.cat([layer.weight for layer in (a.q_proj, a.k_proj, a.v_proj)])
+    by_head = whole.unflatten(0, (3, a.spec.num_heads, -1)).transpose(0, 1).flatten(0, 2)
+    for layer, part in zip((a.q_proj, a.k_proj, a.v_proj), by_head.chunk(3), strict=True):
+        layer.weight.copy_(part)
 
 
 def without_qk_norm(a: SelfAttention) -> None:
@@ -206,15 +239,29 @@ def swap_gate_and_up(model: Decoder) -> Decoder:
     return model
 
 
-def activation(kind: blocks.Activation) -> Callable[[Decoder], Decoder]:
-    return lambda model: rebuilt(model, mlp=replace(model.config.mlp, activation=kind))
+def activation(kind: Activation) -> Callable[[Decoder], Decoder]:
+    return lambda model: mlp(model, activation=kind)
+
+
+def without_router_bias(model: Decoder) -> Decoder:
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.gate.bias.data.zero_()
+    return model
+
+
+def swap_norms(model: Decoder) -> Decoder:
+    """Llama's place of post_attention_layernorm where Gemma 2's is meant."""
+    for layer in model.layers:
+        layer.attention_norm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.attention_norm
+    return model
 
 
 MISTAKES: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "gelu erf for tanh": ("gpt2", activation("gelu")),
     "gelu tanh for erf": ("gpt2-untied-gelu", activation("gelu_tanh")),
-    "layer norm eps": ("gpt2", lambda m: rebuilt(m, norm=replace(m.config.norm, eps=1e-3))),
-    "rms norm eps": ("qwen3", lambda m: rebuilt(m, norm=replace(m.config.norm, eps=1e-4))),
+    "layer norm eps": ("gpt2", lambda m: norms(m, eps=1e-3)),
+    "rms norm eps": ("qwen3", lambda m: norms(m, eps=1e-4)),
     "norm offset": ("llama", offset_norms),
     "positions off by one": ("gpt2", shift_positions),
     "output bias dropped": ("llama-biased", drop_biases),
@@ -235,6 +282,34 @@ MISTAKES: dict[str, tuple[str, Callable[[Decoder], Decoder]]] = {
     "gate and up swapped": ("llama", swap_gate_and_up),
     "tied head untied": ("qwen3-tied", untie),
     "untied head tied": ("qwen3", untie),
+    "window dropped": ("mistral", lambda m: attention(m, window=None)),
+    "window one too wide": ("mistral", lambda m: attention(m, window=25)),
+    "windows in every layer": ("gpt-neo", lambda m: attention(m, window=24)),
+    "banded layers exchanged": ("gpt-neo", lambda m: rebuilt(m, layers=m.config.layers[::-1])),
+    "scale in GPT-Neo": ("gpt-neo", lambda m: attention(m, scale=None)),
+    "q, k, v not by head": ("gpt-neox", lambda m: each_attention(m, exchange_qkv)),
+    "all of a head rotated": ("gpt-neox", lambda m: rotary(m, fraction=1.0)),
+    "branches in sequence": ("gpt-neox", lambda m: layers(m, lambda x: replace(x, residual="sequential"))),
+    "frequencies of the whole head": ("phi2", lambda m: rotary(m, theta=100.0)),
+    "attention score cap dropped": ("gemma2", lambda m: attention(m, softcap=None)),
+    "logit cap dropped": ("gemma2", lambda m: rebuilt(m, logit_softcap=None)),
+    "norms exchanged": ("gemma2", swap_norms),
+    "scale from the head": ("gemma2", lambda m: attention(m, scale=None)),
+    "embedding not scaled": ("gemma", lambda m: rebuilt(m, embed_scale=1.0)),
+    "norm offset dropped": ("gemma", lambda m: norms(m, offset=0.0)),
+    "one rope base for all": ("gemma3", first_layer_everywhere),
+    "long divisors for short": ("phi3-longrope", lambda m: scaled(m, original_max_tokens=512)),
+    "attention factor dropped": ("phi3-longrope", lambda m: scaled(m, attention_factor=1.0)),
+    "yarn's attention factor dropped": ("llama-yarn", lambda m: scaled(m, attention_factor=1.0)),
+    "yarn's ramp rounded": ("llama-yarn", lambda m: scaled(m, truncate=True)),
+    "experts not renormalised": ("mixtral", lambda m: experts(m, renormalise=False)),
+    "experts renormalised": ("qwen3-moe", lambda m: experts(m, renormalise=True)),
+    "one expert only": ("mixtral", lambda m: experts(m, per_token=1)),
+    "sinks dropped": ("gpt-oss", lambda m: attention(m, sinks=False)),
+    "gate limit dropped": ("gpt-oss", lambda m: mlp(m, limit=None)),
+    "up offset dropped": ("gpt-oss", lambda m: mlp(m, up_offset=0.0)),
+    "router bias dropped": ("gpt-oss", without_router_bias),
+    "silu for the clamped gate": ("gpt-oss", activation("silu")),
 }
 
 
@@ -250,15 +325,19 @@ def test_mistakes_are_noticed(mistake: str, checkpoints: Any) -> None:
 def test_partial_rotation_is_noticed(checkpoints: Any) -> None:
     path, reference = checkpoints("llama")
     model = load_model(path)
-    assert model.frequencies is not None
-    model.frequencies[-1] = 0.0  # one pair stands still
     with torch.no_grad():
+        model(tokens())
+        (freq,) = model.rotations.frequencies.values()
+        freq[-1] = 0.0  # one pair stands still
         assert difference(model.logits(model(tokens())), reference) > 3 * BAR
 
 
 def test_angles_stay_exact_in_bf16(checkpoints: Any) -> None:
     """A model turned to bf16 and back still computes with unrounded frequencies: they are no buffer."""
     model = load_model(checkpoints("llama3")[0])
-    assert model.frequencies is not None
-    before = model.frequencies.clone()
-    assert torch.equal(model.to(torch.bfloat16).float().frequencies, before)
+    with torch.no_grad():
+        model(tokens())
+        (before,) = (freq.clone() for freq in model.rotations.frequencies.values())
+        model.to(torch.bfloat16).float()(tokens())
+    (after,) = model.rotations.frequencies.values()
+    assert torch.equal(after, before)

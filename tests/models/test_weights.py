@@ -14,23 +14,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ownlm.errors import ArtifactError, NotFound, UserError
-from ownlm.models.blocks import Attention, FeedForward, Learned, Norm
 from ownlm.models.cache import KVCache
-from ownlm.models.decoder import Decoder, DecoderConfig, init_weights
+from ownlm.models.decoder import Decoder, init_weights, uniform
 from ownlm.models.families import family_of, from_hf, to_hf
+from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
 from ownlm.models.tensorfile import read_header, write_tensors
 from ownlm.models.weights import load_model, save_model
 
 BAR = 1e-5
-RESEARCH = DecoderConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=2,
-    max_tokens=32,
-    attention=Attention(num_heads=2, num_kv_heads=1, head_dim=6, qk_norm=True),
-    mlp=FeedForward(size=24, activation="relu2", gated=False),
-    norm=Norm(eps=1e-5),
-)
+PARTS: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 16, "num_layers": 2, "max_tokens": 32, "norm": Norm(eps=1e-5), "rotary": Rotary(),
+    "attention": Attention(num_heads=2, num_kv_heads=1, head_dim=6, qk_norm=True),
+    "mlp": FeedForward(size=24, activation="relu2", gated=False),
+}  # fmt: skip
+RESEARCH = uniform(**PARTS)
+
+
+# What `to_hf` can describe without the config.json that the model came with.
+OURS = ("gpt2", "gpt2-untied-gelu", "llama", "llama-biased", "llama3", "llama-linear", "qwen3", "qwen3-tied")
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -52,7 +53,8 @@ def test_round_trip_is_byte_identical(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
     """Equal logits; and where the family is one of our own pretraining, the same 200 tokens by greedy decoding."""
-    model = Decoder(from_hf(CONFIGS[name])[0]).eval()
+    described = to_hf(from_hf(CONFIGS[name])[0]) if name in OURS else CONFIGS[name]
+    model = Decoder(from_hf(described)[0], described).eval()
     init_weights(model, seed=5, zero_output=False, embedding_std=0.5)
     if model.lm_head is not None:
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
@@ -60,7 +62,7 @@ def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
     reference, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading.values())
     assert reference.generation_config.eos_token_id == [3, 4]
-    assert family_of(model.config) == reference.config.model_type
+    assert reference.config.model_type == CONFIGS[name]["model_type"]
     ids = torch.randint(0, 97, (2, 50))
     with torch.inference_mode():
         assert difference(model.logits(model(ids)), reference(ids).logits) <= BAR
@@ -225,15 +227,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[UserError], str]] = {
     "index names a missing shard": (index({NORM: "b.safetensors"}), NotFound, "no such file"),
     "unknown family": (edit_config(model_type="qwen33"), UserError, "Did you mean 'qwen3'"),
     "no family": (edit_config(model_type=None), UserError, "Known: gpt2"),
-    "unknown activation": (edit_config(hidden_act="quick_gelu"), UserError, "hidden_act 'quick_gelu'"),
+    "unknown activation": (edit_config(hidden_act="mish"), UserError, "hidden_act 'mish'"),
     "unknown rope": (
-        edit_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), UserError, "rope_type 'yarn'",
+        edit_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), UserError, "rope_type 'dynamic'",
     ),
     "partial rope": (
-        edit_config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), UserError, "partial_rotary",
+        edit_config(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.7}), UserError, "an odd number turns",
     ),
-    "sliding window": (edit_config(use_sliding_window=True), UserError, "use_sliding_window"),
-    "sliding layers": (edit_config(layer_types=["sliding_attention"] * 2), UserError, "layer_types"),
+    "sliding window": (edit_config(use_sliding_window=True, sliding_window=-1), UserError, "sliding_window"),
+    "sliding layers": (
+        edit_config(use_sliding_window=True, layer_types=["chunked_attention"] * 2), UserError, "layer_types",
+    ),
     "quantized": (edit_config(quantization_config={"bits": 4}), UserError, "quantization_config"),
     "absurd layers": (edit_config(num_hidden_layers=10**9), UserError, "num_hidden_layers"),
     "absurd width": (edit_config(hidden_size=10**12), UserError, "hidden_size"),
@@ -265,7 +269,7 @@ def test_damage_is_one_clear_error(name: str, good: Path, tmp_path: Path) -> Non
 
 
 def test_all_faults_of_a_config_at_once() -> None:
-    with pytest.raises(UserError, match=r"vocab_size.*hidden_act.*rope_type"):
+    with pytest.raises(UserError, match=r"hidden_act.*rope_type.*vocab_size"):
         from_hf({"model_type": "llama", **SMALL, "vocab_size": 0, "hidden_act": "x", "rope_scaling": {"type": "y"}})
 
 
@@ -278,24 +282,27 @@ def test_gpt2_settings_we_do_not_compute() -> None:
 def test_own_config_is_checked() -> None:
     raw = to_hf(RESEARCH)
     assert from_hf(json.loads(json.dumps(raw)))[0] == RESEARCH
-    raw["decoder"]["mlp"]["activation"] = "tanh"
-    with pytest.raises(UserError, match=r"decoder\.mlp\.activation"):
+    raw["decoder"]["layers"][0]["mlp"]["activation"] = "tanh"
+    with pytest.raises(UserError, match=r"decoder\.layers\.0\.mlp\.activation"):
         from_hf(raw)
     raw = to_hf(RESEARCH)
-    raw["decoder"]["mlp"]["window"] = 3
+    raw["decoder"]["layers"][0]["mlp"]["window"] = 3
     with pytest.raises(UserError, match="fields that this version"):
         from_hf(raw)
 
 
 def test_what_is_saved_under_which_name() -> None:
-    qwen3 = replace(RESEARCH, mlp=FeedForward(size=24))
-    assert family_of(qwen3) == "qwen3"
-    assert family_of(replace(qwen3, attention=replace(RESEARCH.attention, qk_norm=False))) == "llama"
-    assert family_of(replace(qwen3, norm=Norm(kind="layer"))) == "ownlm"
+    qwen3 = PARTS | {"mlp": FeedForward(size=24)}
+    assert family_of(uniform(**qwen3)) == "qwen3"
+    assert family_of(uniform(**qwen3 | {"attention": replace(PARTS["attention"], qk_norm=False)})) == "llama"
+    assert family_of(uniform(**qwen3 | {"norm": Norm(kind="layer")})) == "ownlm"
+    assert family_of(uniform(**qwen3 | {"attention": replace(PARTS["attention"], window=4)})) == "ownlm"
+    assert family_of(uniform(**qwen3 | {"rotary": Rotary(fraction=0.5)})) == "ownlm"
+    assert family_of(uniform(**qwen3, embed_scale=2.0)) == "ownlm"
 
 
 def test_learned_positions_in_a_shape_of_our_own() -> None:
-    config = replace(RESEARCH, position=Learned())
+    config = uniform(**PARTS | {"rotary": None})
     assert from_hf(json.loads(json.dumps(to_hf(config))))[0] == config
 
 

@@ -8,6 +8,7 @@ A prompt is a `str`, continued as raw text, or a list of messages, answered as a
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -89,8 +90,7 @@ class Model:
         """A new engine over this model, its cache within CACHE_SHARE of the free memory."""
         config = self.decoder.config
         itemsize = self.decoder.head_weight.element_size()
-        kv_size = config.attention.num_kv_heads * config.attention.head_dim
-        slot_bytes = 2 * config.num_layers * kv_size * itemsize * self.context
+        slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
         affordable = int(machine.free_memory_bytes() * CACHE_SHARE) // slot_bytes
         return Engine(self.decoder, self.tokenizer, slots=max(1, min(slots or self.slots, affordable)))
 

@@ -30,23 +30,52 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Which keys each query sees: built once per forward, shared by all layers.
+    """Which keys each query sees: built once per forward, shared by all layers of one window.
 
-    `hidden_BTS` is True where a key must not be seen; None means that the last T of the S keys are the queries' own and
-    each sees itself and all before it.
+    `hidden_BTS` is True where a key must not be seen. Without it, the last T of the S keys are the queries' own: each sees
+    itself and all before it, within `window`; where not `causal`, every key.
     """
 
     hidden_BTS: Tensor | None
     tiles: tuple[Tile, ...]
+    causal: bool = True
+    window: int | None = None
+
+    def hidden(self, tile: Tile, before: int) -> Tensor | None:
+        """(1 or B, 1, q, k) of a tile, None where all is seen; `before` keys stand before the first query's own."""
+        if self.hidden_BTS is not None:
+            return self.hidden_BTS[:, None, tile.q0 : tile.q1, tile.k0 : tile.k1]
+        if not self.causal or (tile.q1 - tile.q0 == 1 and self.window is None):
+            return None
+        queries = torch.arange(before + tile.q0, before + tile.q1)[:, None]
+        keys = torch.arange(tile.k0, tile.k1)
+        hidden = keys > queries
+        if self.window is not None:
+            hidden |= keys <= queries - self.window
+        return hidden[None, None]
+
+    def mask(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """The whole (1 or B, 1, T, S), True where hidden; None where all is seen."""
+        hidden = self.hidden(Tile(0, queries, 0, keys), keys - queries)
+        return None if hidden is None else hidden.to(device)
 
 
-def causal(queries: int, keys: int) -> Visibility:
-    """The plain triangle, aligned at its end: query i of T sees keys 0 ... S - T + i."""
+def causal(queries: int, keys: int, window: int | None = None) -> Visibility:
+    """The plain triangle, aligned at its end: query i of T sees keys 0 ... S - T + i, the last `window` of them."""
     before = keys - queries
-    tiles = tuple(
-        Tile(q0, min(q0 + TILE, queries), 0, before + min(q0 + TILE, queries)) for q0 in range(0, queries, TILE)
-    )
-    return Visibility(None, tiles)
+    window = None if window is None or window >= keys else window
+    tiles = []
+    for q0 in range(0, queries, TILE):
+        q1 = min(q0 + TILE, queries)
+        first = 0 if window is None else max(0, before + q0 - window + 1)
+        tiles.append(Tile(q0, q1, first, before + q1))
+    return Visibility(None, tuple(tiles), window=window)
+
+
+def everything(queries: int, keys: int) -> Visibility:
+    """Every query sees every key."""
+    tiles = tuple(Tile(q0, min(q0 + TILE, queries), 0, keys) for q0 in range(0, queries, TILE))
+    return Visibility(None, tiles, causal=False)
 
 
 def masked(hidden_BTS: Tensor) -> Visibility:
@@ -64,24 +93,69 @@ def masked(hidden_BTS: Tensor) -> Visibility:
     return Visibility(hidden_BTS, tuple(tiles))
 
 
-def attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """softmax(scale * q kᵀ) v over the visible keys, as y_BTHd; heads h*G ... h*G+G-1 share key/value head h."""
+def attend(
+    q_BHTd: Tensor,
+    k_BKSd: Tensor,
+    v_BKSd: Tensor,
+    visibility: Visibility,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    bias_BHTS: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q kᵀ) v over the visible keys, as y_BTHd; heads h*G ... h*G+G-1 share key/value head h.
+
+    `softcap`, `sinks_H` (arXiv:2508.10925, 2.2) and an additive `bias_BHTS` (B may be 1) take the plain path.
+    """
+    if softcap is not None or sinks_H is not None or bias_BHTS is not None:
+        return plain_attention(q_BHTd, k_BKSd, v_BKSd, visibility, scale, softcap, sinks_H, bias_BHTS)
     if q_BHTd.device.type == "cpu":
         if torch.is_grad_enabled():
             y_BTHd: Tensor = TiledAttention.apply(q_BHTd, k_BKSd, v_BKSd, visibility, scale)  # type: ignore[no-untyped-call]
             return y_BTHd
         return _forward(q_BHTd, k_BKSd, v_BKSd, visibility, scale)[0]
-    hidden = visibility.hidden_BTS
+    queries, keys = q_BHTd.shape[2], k_BKSd.shape[2]
+    triangle = visibility.hidden_BTS is None and visibility.causal and visibility.window is None and queries == keys
+    hidden = None if triangle else visibility.mask(queries, keys, q_BHTd.device)
     y_BHTd = F.scaled_dot_product_attention(
         q_BHTd,
         k_BKSd,
         v_BKSd,
-        attn_mask=None if hidden is None else ~hidden[:, None],
-        is_causal=hidden is None and q_BHTd.shape[2] > 1,
+        attn_mask=None if hidden is None else ~hidden,
+        is_causal=triangle and queries > 1,
         scale=scale,
         enable_gqa=True,
     )
     return y_BHTd.transpose(1, 2)
+
+
+def plain_attention(
+    q_BHTd: Tensor,
+    k_BKSd: Tensor,
+    v_BKSd: Tensor,
+    visibility: Visibility,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    bias_BHTS: Tensor | None,
+) -> Tensor:
+    """`attend` written down as it is defined, all scores at once."""
+    B, H, T, d = q_BHTd.shape
+    K, S = k_BKSd.shape[1:3]
+    scores_BHTS = (q_BHTd.reshape(B, K, -1, d) @ k_BKSd.mT).view(B, H, T, S) * scale
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    if (hidden := visibility.mask(T, S, q_BHTd.device)) is not None:
+        scores_BHTS = scores_BHTS.masked_fill(hidden, float("-inf"))
+    if sinks_H is not None:
+        sinks = sinks_H.to(scores_BHTS.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
+        p_BHTS = torch.cat([scores_BHTS, sinks], -1).softmax(-1)[..., :S]
+    else:
+        p_BHTS = scores_BHTS.softmax(-1)
+    return (p_BHTS.reshape(B, K, -1, S) @ v_BKSd).view(B, H, T, d).transpose(1, 2)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -132,11 +206,11 @@ def _forward(
         q = q_BHTd[:, :, rows].reshape(B * K, -1, d)
         scores = torch.baddbmm(q.new_empty(1), q, k[:, keys].mT, beta=0, alpha=scale)
         scores_BHTS = scores.view(B, H, width, -1)
-        if visibility.hidden_BTS is not None:
-            scores_BHTS.masked_fill_(visibility.hidden_BTS[:, None, rows, keys], float("-inf"))
-        elif width > 1:
-            future = torch.ones(width, width, dtype=torch.bool).triu_(1)
-            scores_BHTS[..., -width:].masked_fill_(future, float("-inf"))
+        if (hidden := visibility.hidden(tile, S - T)) is not None:
+            # Of a plain triangle, only the last block has anything to hide.
+            plain = visibility.hidden_BTS is None and visibility.window is None
+            part = slice(-width, None) if plain else slice(None)
+            scores_BHTS[..., part].masked_fill_(hidden[..., part], float("-inf"))
         p = scores.softmax(-1)
         y_BTHd[:, rows] = torch.bmm(p, v[:, keys]).view(B, H, width, d).transpose(1, 2)
         probabilities.append(p)

@@ -1,14 +1,13 @@
-"""The parts of a transformer block: their specs (frozen data) and their modules.
+"""The modules of a transformer block; what they are made to is told by the frozen data of specs.py.
 
 Shapes: B batch, T tokens, D hidden, H heads, K key/value heads, d head width, F feed-forward width.
 Parameters carry Llama's Hugging Face names. Everything computes in the dtype of its weights; norms and softmax work in
 fp32 inside.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,103 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from ownlm.models.attention import Visibility, attend
 from ownlm.models.cache import Address, KVCache
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Norm:
-    kind: Literal["rms", "layer"] = "rms"
-    eps: float = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    bias: bool = False  # of q, k and v
-    output_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotation (Qwen3)
-    scale: float | None = None  # None: head_dim ** -0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinearScaling:
-    """Every frequency divided by `factor` (position interpolation, arXiv:2306.15595)."""
-
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Llama3Scaling:
-    """Long wavelengths divided by `factor`, short ones kept, a smooth step between them (Llama 3.1)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotary:
-    """Rotary positions in the half layout: dimension i of a head turns together with i + d/2 (arXiv:2104.09864)."""
-
-    kind: Literal["rotary"] = "rotary"
-    theta: float = 10_000.0
-    scaling: LinearScaling | Llama3Scaling | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """One learned vector per position, added to the embedding; there are `DecoderConfig.max_tokens` of them."""
-
-    kind: Literal["learned"] = "learned"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeedForward:
-    size: int
-    activation: Activation = "silu"
-    gated: bool = True
-    bias: bool = False
+from ownlm.models.rotary import rotate
+from ownlm.models.specs import Activation, Experts, FeedForward, Layer, Norm, Rotary
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share: rotation (…, 1, d), visibility, and the place in the cache."""
+    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache."""
 
-    cos: Tensor | None
-    sin: Tensor | None
-    visibility: Visibility
-    cache: KVCache | None
-    address: Address | None
-
-
-def frequencies(rotary: Rotary, head_dim: int) -> Tensor:
-    """Radians per position, fp32, shape (head_dim // 2,)."""
-    freq = 1.0 / rotary.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
-    scaling = rotary.scaling
-    if isinstance(scaling, LinearScaling):
-        return freq / scaling.factor
-    if isinstance(scaling, Llama3Scaling):
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        turns = scaling.original_max_tokens * freq / (2 * math.pi)  # within the original context
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - kept) * freq / scaling.factor + kept * freq
-    return freq
-
-
-def rotation(freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, each (…, 1, d); angles are formed in fp32 whatever the dtype."""
-    angle = positions[..., None].float() * freq
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
-
-
-def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its angle; `sin` comes with the sign of the first half turned."""
-    return x_BTHd * cos + x_BTHd.roll(x_BTHd.shape[-1] // 2, -1) * sin
+    rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
+    visibility: Mapping[int | None, Visibility]
+    cache: KVCache | None = None
+    address: Address | None = None
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -140,21 +54,22 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv:1910.07467)."""
+    """x / rms(x) * (weight + offset) over the last dimension (arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.eps, self.offset = nn.Parameter(torch.full((size,), 1.0 - offset)), eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + self.offset if self.offset else self.weight
         if torch.is_grad_enabled() and x.device.type == "cpu":
-            y: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            y: Tensor = RMSNormFunction.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
             return y
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def make_norm(size: int, norm: Norm) -> nn.Module:
-    return RMSNorm(size, norm.eps) if norm.kind == "rms" else nn.LayerNorm(size, eps=norm.eps)
+    return RMSNorm(size, norm.eps, norm.offset) if norm.kind == "rms" else nn.LayerNorm(size, eps=norm.eps)
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -167,59 +82,164 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, hidden_size: int, attention: Attention, norm: Norm, layer: int) -> None:
+    def __init__(self, hidden_size: int, layer: Layer, index: int) -> None:
         super().__init__()
-        a = attention
-        self.layer, self.head_dim = layer, a.head_dim
+        self.spec, self.rotary, self.index = layer.attention, layer.rotary, index
+        a = layer.attention
         self.scale = a.head_dim**-0.5 if a.scale is None else a.scale
         self.q_proj = nn.Linear(hidden_size, a.num_heads * a.head_dim, bias=a.bias)
         self.k_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
         self.v_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
         self.o_proj = nn.Linear(a.num_heads * a.head_dim, hidden_size, bias=a.output_bias)
-        self.q_norm = RMSNorm(a.head_dim, norm.eps) if a.qk_norm else None
-        self.k_norm = RMSNorm(a.head_dim, norm.eps) if a.qk_norm else None
+        self.q_norm = RMSNorm(a.head_dim, layer.norm.eps, layer.norm.offset) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, layer.norm.eps, layer.norm.offset) if a.qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(a.num_heads)) if a.sinks else None
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
         q, k, v = (
-            y.view(*x_BTD.shape[:2], -1, self.head_dim) for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            y.view(*x_BTD.shape[:2], -1, self.spec.head_dim)
+            for y in project(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if step.cos is not None and step.sin is not None:
-            q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        if self.rotary is not None:
+            turn = step.rotations[self.rotary]
+            q, k = rotate(q, *turn), rotate(k, *turn)
         if step.cache is not None and step.address is not None:
-            keys, values = step.cache.update(self.layer, step.address, k, v)
+            keys, values = step.cache.update(self.index, step.address, k, v)
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        y_BTHd = attend(q.transpose(1, 2), keys, values, step.visibility, self.scale)
+        visibility = step.visibility[self.spec.window]
+        y_BTHd = attend(
+            q.transpose(1, 2), keys, values, visibility, self.scale, softcap=self.spec.softcap, sinks_H=self.sinks
+        )
         out: Tensor = self.o_proj(y_BTHd.flatten(2))
         return out
 
 
-class MLP(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (arXiv:2002.05202)."""
+def gated(gate: Tensor, up: Tensor, spec: FeedForward) -> Tensor:
+    """act(gate) * up, with the limits and the offset of the spec."""
+    if spec.limit is not None:
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+    if spec.up_offset:
+        up = up + spec.up_offset
+    return ACTIVATIONS[spec.activation](gate) * up
 
-    def __init__(self, hidden_size: int, mlp: FeedForward) -> None:
+
+class MLP(nn.Module):
+    """The feed-forward of `FeedForward` (gates: arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, spec: FeedForward) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[mlp.activation]
-        self.gate_proj = nn.Linear(hidden_size, mlp.size, bias=mlp.bias) if mlp.gated else None
-        self.up_proj = nn.Linear(hidden_size, mlp.size, bias=mlp.bias)
-        self.down_proj = nn.Linear(mlp.size, hidden_size, bias=mlp.bias)
+        self.spec = spec
+        self.gate_proj = nn.Linear(hidden_size, spec.size, bias=spec.bias) if spec.gated else None
+        self.up_proj = nn.Linear(hidden_size, spec.size, bias=spec.bias)
+        self.down_proj = nn.Linear(spec.size, hidden_size, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            inner = self.activation(self.up_proj(x))
+            inner = ACTIVATIONS[self.spec.activation](self.up_proj(x))
         else:
             gate, up = project(x, self.gate_proj, self.up_proj)
-            inner = self.activation(gate) * up
+            inner = gated(gate, up, self.spec)
         out: Tensor = self.down_proj(inner)
         return out
+
+
+class Stack(nn.Module):
+    """The linear layers of all experts, one tensor each: (E, out, in), and (E, out) for a bias."""
+
+    def __init__(self, hidden_size: int, spec: FeedForward, count: int) -> None:
+        super().__init__()
+        self.spec = spec
+        shapes = {
+            "gate_proj": (spec.size, hidden_size),
+            "up_proj": (spec.size, hidden_size),
+            "down_proj": (hidden_size, spec.size),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(count, *shape)))
+            bias = nn.Parameter(torch.zeros(count, shape[0])) if spec.bias else None
+            self.register_parameter(f"{name}_bias", bias)
+
+    def linear(self, x: Tensor, name: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{name}_bias")
+        return F.linear(x, getattr(self, name)[expert], None if bias is None else bias[expert])
+
+    def forward(self, x_ND: Tensor, expert: int) -> Tensor:
+        inner = gated(self.linear(x_ND, "gate_proj", expert), self.linear(x_ND, "up_proj", expert), self.spec)
+        return self.linear(inner, "down_proj", expert)
+
+
+class MoE(nn.Module):
+    """A mixture of experts: every token is computed by the few that its router chooses (Mixtral, arXiv:2401.04088)."""
+
+    def __init__(self, hidden_size: int, spec: FeedForward, experts: Experts) -> None:
+        super().__init__()
+        assert spec.gated, "experts are gated in every family there is"
+        self.experts_spec = experts
+        self.gate = nn.Linear(hidden_size, experts.count, bias=experts.router_bias)
+        self.experts = Stack(hidden_size, spec, experts.count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_ND = x.flatten(0, -2)
+        share_NE = self.gate(x_ND).softmax(-1, dtype=torch.float32)
+        share_Nk, chosen_Nk = share_NE.topk(self.experts_spec.per_token, dim=-1)
+        if self.experts_spec.renormalise:
+            share_Nk = share_Nk / share_Nk.sum(-1, keepdim=True)
+        out_ND = torch.zeros_like(x_ND)
+        for expert in range(self.experts_spec.count):
+            token, place = (chosen_Nk == expert).nonzero(as_tuple=True)
+            if len(token):
+                y = self.experts(x_ND[token], expert) * share_Nk[token, place, None].to(x.dtype)
+                out_ND = out_ND.index_add(0, token, y)
+        return out_ND.view_as(x)
+
+
+class Block(nn.Module):
+    """One `Layer` over hidden states; `index` is its place in the cache."""
+
+    def __init__(self, hidden_size: int, layer: Layer, index: int) -> None:
+        super().__init__()
+        self.layer = layer
+        before, after = layer.norms in ("before", "around"), layer.norms in ("after", "around")
+
+        def norm(there: bool) -> nn.Module | None:
+            return make_norm(hidden_size, layer.norm) if there else None
+
+        self.input_layernorm = norm(before)
+        self.self_attn = SelfAttention(hidden_size, layer, index)
+        self.attention_norm = norm(after)
+        # Llama's name for the norm before the feed-forward.
+        self.post_attention_layernorm = norm(before and layer.residual != "shared")
+        experts = layer.mlp.experts
+        self.mlp = MLP(hidden_size, layer.mlp) if experts is None else MoE(hidden_size, layer.mlp, experts)
+        self.mlp_norm = norm(after)
+
+    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
+        if self.layer.norms == "after":
+            x_BTD = _normed(self.attention_norm, x_BTD + self.self_attn(x_BTD, step))
+            return _normed(self.mlp_norm, x_BTD + self.mlp(x_BTD))
+        h_BTD = _normed(self.input_layernorm, x_BTD)
+        y_BTD = _normed(self.attention_norm, self.self_attn(h_BTD, step))
+        if self.layer.residual == "sequential":
+            x_BTD = x_BTD + y_BTD
+            y_BTD = _normed(self.post_attention_layernorm, x_BTD)
+            return x_BTD + _normed(self.mlp_norm, self.mlp(y_BTD))
+        if self.layer.residual == "parallel":
+            h_BTD = _normed(self.post_attention_layernorm, x_BTD)
+        return x_BTD + y_BTD + _normed(self.mlp_norm, self.mlp(h_BTD))
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # Primer, arXiv:2109.08668
 }

@@ -36,9 +36,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        a = config.attention
+        kv_heads, head_dim = config.kv_shape
         # One position more than anybody may see: index -1 lands there, so padding needs no branch.
-        shape = (config.num_layers, slots, a.num_kv_heads, max_tokens + 1, a.head_dim)
+        shape = (config.num_layers, slots, kv_heads, max_tokens + 1, head_dim)
         self.slots, self.max_tokens = slots, max_tokens
         self.keys_LNKSd = torch.zeros(shape, dtype=dtype, device=device)
         self.values_LNKSd = torch.zeros(shape, dtype=dtype, device=device)
@@ -48,8 +48,8 @@ class KVCache:
         return 2 * self.keys_LNKSd.nbytes
 
     def address(self, positions_BT: Tensor, slots_B: Tensor | None) -> Address:
-        """Where this call's tokens go and what they see; slots None means that row b is slot b."""
-        rows, width = positions_BT.shape
+        """Where this call's tokens go; slots None means that row b is slot b."""
+        rows = len(positions_BT)
         length = int(positions_BT.max()) + 1
         assert length <= self.max_tokens, f"position {length - 1} in a cache of {self.max_tokens}"
         first, consecutive = 0, True
@@ -59,12 +59,7 @@ class KVCache:
         assert first + rows <= self.slots or not consecutive, f"{rows} rows from slot {first} on in {self.slots} slots"
         slots_B = torch.arange(first, first + rows, device=positions_BT.device) if slots_B is None else slots_B
         read = slice(first, first + rows) if consecutive else slots_B
-        if rows == width == 1:
-            return Address(slots_B[:, None], positions_BT, read, max(length, 1), causal(1, max(length, 1)))
-        keys = torch.arange(max(length, 1), device=positions_BT.device)
-        # Padding sees position 0, so that its softmax has something to sum over.
-        hidden_BTS = keys > positions_BT.clamp(min=0)[:, :, None]
-        return Address(slots_B[:, None], positions_BT, read, max(length, 1), masked(hidden_BTS))
+        return Address(slots_B[:, None], positions_BT, read, max(length, 1))
 
     def update(self, layer: int, address: Address, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
         """Write these tokens' keys and values; return all (B, K, S, d) they may see, a view if slots are in a row."""
@@ -83,4 +78,15 @@ class Address:
     positions_BT: Tensor
     read: slice | Tensor
     length: int
-    visibility: Visibility
+
+    def visibility(self, window: int | None) -> Visibility:
+        """What these tokens see: their slot's positions up to their own, the last `window` of them."""
+        if self.positions_BT.numel() == 1:
+            return causal(1, self.length, window)
+        keys = torch.arange(self.length, device=self.positions_BT.device)
+        # Padding sees position 0, so that its softmax has something to sum over.
+        own_BT1 = self.positions_BT.clamp(min=0)[:, :, None]
+        hidden_BTS = keys > own_BT1
+        if window is not None and window < self.length:
+            hidden_BTS |= keys <= own_BT1 - window
+        return masked(hidden_BTS)

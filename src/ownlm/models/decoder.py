@@ -1,88 +1,135 @@
-"""The decoder-only transformer, pre-norm: GPT-2, Llama and Qwen3 are settings of it.
+"""The decoder-only transformer: GPT, Llama, Mistral, Mixtral, Phi, Gemma, Qwen, GPT-OSS and Grok are settings of it.
 
-    tokens ─ embed_tokens (+ embed_positions) ─┬─ norm ─ self_attn ─ + ─┬─ norm ─ mlp ─ + ─ … ─ norm ─ hidden ─ logits
-                                               └────────────────────────┘ └─────────────┘
+    tokens ─ embed_tokens (+ embed_positions) ─ block ─ block ─ … ─ norm ─ hidden ─ logits
 
 Shapes: B batch, T tokens, D hidden, V vocabulary, d head width. Parameters carry Llama's Hugging Face names.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ownlm.models.attention import causal, masked
-from ownlm.models.blocks import (
-    MLP,
-    Attention,
-    FeedForward,
-    Learned,
-    Norm,
-    Rotary,
-    SelfAttention,
-    Step,
-    frequencies,
-    make_norm,
-    rotation,
-)
+from ownlm.models.attention import Visibility, causal, masked
+from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.cache import KVCache
+from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
+from ownlm.models.specs import Attention, FeedForward, Layer, Norm, Rotary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """A decoder, as data. `max_tokens` is the longest context it was made for."""
+    """A decoder, as data. `max_tokens` is the longest context it was made for; `norm` the one after the last layer.
+
+    Logits are logit_scale * (head(hidden) + bias), then softcap * tanh(logits / softcap) where there is one.
+    """
 
     vocab_size: int
     hidden_size: int
-    num_layers: int
     max_tokens: int
-    attention: Attention
-    mlp: FeedForward
+    layers: tuple[Layer, ...]
     norm: Norm = field(default_factory=Norm)
-    position: Rotary | Learned = field(default_factory=Rotary)
+    learned_positions: bool = False  # one vector per position, added to the embedding
     tie_embeddings: bool = False
+    head_bias: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(key/value heads, head width) of every layer."""
+        (shape,) = {(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in self.layers}
+        return shape
 
 
-class Block(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = make_norm(config.hidden_size, config.norm)
-        self.self_attn = SelfAttention(config.hidden_size, config.attention, config.norm, layer)
-        self.post_attention_layernorm = make_norm(config.hidden_size, config.norm)
-        self.mlp = MLP(config.hidden_size, config.mlp)
+def uniform(
+    *,
+    num_layers: int,
+    attention: Attention,
+    mlp: FeedForward,
+    norm: Norm | None = None,
+    rotary: Rotary | None = None,
+    **others: Any,
+) -> DecoderConfig:
+    """A decoder of equal layers: rotary positions where `rotary` is given, learned ones otherwise."""
+    norm = norm or Norm()
+    layer = Layer(attention=attention, mlp=mlp, norm=norm, rotary=rotary)
+    return DecoderConfig(layers=(layer,) * num_layers, norm=norm, learned_positions=rotary is None, **others)
 
-    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), step)
-        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        return out
+
+class Rotations:
+    """cos and sin for every kind of rotation among the layers, from frequencies kept in fp32 outside of the weights."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        self.kinds = {layer.rotary: layer.attention.head_dim for layer in layers if layer.rotary is not None}
+        # Not buffers: those would be rounded by model.to(torch.bfloat16).
+        self.frequencies: dict[tuple[Rotary, bool], Tensor] = {}
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Mapping[Rotary, tuple[Tensor, Tensor]]:
+        """For `positions` (…), -1 for padding."""
+        return {
+            rotary: rotation(self._frequencies(rotary, positions), positions, dtype, attention_factor(rotary))
+            for rotary in self.kinds
+        }
+
+    def _frequencies(self, rotary: Rotary, positions: Tensor) -> Tensor:
+        key = rotary, rotary.scaling is not None and is_long(rotary, int(positions.max()) + 1)
+        found = self.frequencies.get(key)
+        if found is None or found.device != positions.device:
+            found = frequencies(rotary, self.kinds[rotary], long=key[1]).to(positions.device)
+            self.frequencies[key] = found
+        return found
 
 
 class Decoder(nn.Module):
-    """`model(tokens_BT)` gives hidden states, `model.logits(hidden)` their next-token logits."""
+    """`model(tokens_BT)` gives hidden states, `model.logits(hidden)` their next-token logits.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    `hf` is the config.json it came with, which is written back when the model is saved.
+    """
+
+    def __init__(self, config: DecoderConfig, hf: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hf = config, hf
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = isinstance(config.position, Learned)
-        self.embed_positions = nn.Embedding(config.max_tokens, config.hidden_size) if learned else None
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = make_norm(config.hidden_size, config.norm)
-        head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head = head
-        # A plain attribute: as a buffer it would be rounded by model.to(torch.bfloat16).
-        self.frequencies = (
-            frequencies(config.position, config.attention.head_dim) if isinstance(config.position, Rotary) else None
+        self.embed_positions = nn.Embedding(config.max_tokens, config.hidden_size) if config.learned_positions else None
+        self.layers = nn.ModuleList(
+            Block(config.hidden_size, layer, index) for index, layer in enumerate(config.layers)
         )
+        self.norm = make_norm(config.hidden_size, config.norm)
+        if config.tie_embeddings:
+            self.lm_head = None
+            self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
+            self.lm_head_bias = None
+        self.rotations = Rotations(config.layers)
+        self.windows = {layer.attention.window for layer in config.layers}
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D): hidden @ head_weight.T are the logits; the embedding itself when tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        return self.lm_head_bias if self.lm_head is None else self.lm_head.bias
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies: hidden states, scaled."""
+        return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        return nn.functional.linear(hidden, self.head_weight).float()
+        logits = nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(
         self,
@@ -92,21 +139,29 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
+        embeds_BTD: Tensor | None = None,
     ) -> Tensor:
         """hidden_BTD, the final norm applied.
 
         positions_BT: 0 ... T-1 in every row if not given; -1 marks padding, which nobody sees; its own output is noise.
         documents_BT: a token sees only earlier tokens with its own number (packed training); not with a cache.
         cache, slots: read and write keys and values; row b is sequence slots[b] (slot b if not given). No gradients.
+        embeds_BTD: stands in for the embedding of the tokens (`embed`), where images are among them.
         """
         step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots)
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self.embed(tokens_BT) if embeds_BTD is None else embeds_BTD
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions.clamp(min=0))
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
         hidden_BTD: Tensor = self.norm(x_BTD)
         return hidden_BTD
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """The tokens' vectors, scaled where the family scales them; without positions."""
+        x_BTD: Tensor = self.embed_tokens(tokens_BT)
+        # The factor is rounded to the dtype of the weights, as where these models were trained.
+        return x_BTD if self.config.embed_scale == 1.0 else x_BTD * x_BTD.new_tensor(self.config.embed_scale)
 
     def _step(
         self,
@@ -118,29 +173,34 @@ class Decoder(nn.Module):
     ) -> tuple[Step, Tensor]:
         rows, width = tokens_BT.shape
         positions = torch.arange(width, device=tokens_BT.device) if positions_BT is None else positions_BT
-        address = None
+        rotations = self.rotations(positions, self.embed_tokens.weight.dtype)
         if cache is not None:
             assert documents_BT is None, "a cache slot holds one document"
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"
             address = cache.address(positions.expand(rows, width), slots)
-            visibility = address.visibility
-        elif documents_BT is None and (positions_BT is None or int(positions_BT.min()) >= 0):
-            visibility = causal(width, width)
-        else:
-            index = torch.arange(width, device=tokens_BT.device)
-            hidden_BTS = (index > index[:, None]).expand(rows, -1, -1)
-            if documents_BT is not None:
-                hidden_BTS = hidden_BTS | (documents_BT[:, None, :] != documents_BT[:, :, None])
-            if positions_BT is not None:
-                # Padding still sees itself, so that its softmax has something to sum over.
-                hidden_BTS = hidden_BTS | ((positions_BT < 0)[:, None, :] & (index != index[:, None]))
-            visibility = masked(hidden_BTS)
-        cos = sin = None
-        if self.frequencies is not None:
-            if self.frequencies.device != tokens_BT.device:
-                self.frequencies = self.frequencies.to(tokens_BT.device)
-            cos, sin = rotation(self.frequencies, positions, self.embed_tokens.weight.dtype)
-        return Step(cos, sin, visibility, cache, address), positions
+            seen = {window: address.visibility(window) for window in self.windows}
+            return Step(rotations, seen, cache, address), positions
+        if documents_BT is None and (positions_BT is None or int(positions_BT.min()) >= 0):
+            return Step(rotations, {window: causal(width, width, window) for window in self.windows}), positions
+        seen = {window: _visible(width, positions_BT, documents_BT, window, tokens_BT) for window in self.windows}
+        return Step(rotations, seen), positions
+
+
+def _visible(
+    width: int, positions_BT: Tensor | None, documents_BT: Tensor | None, window: int | None, tokens_BT: Tensor
+) -> Visibility:
+    """Earlier tokens of the same document that are no padding, within the window (counted in places of the row)."""
+    index = torch.arange(width, device=tokens_BT.device)
+    hidden_TS = index > index[:, None]
+    if window is not None:
+        hidden_TS = hidden_TS | (index <= index[:, None] - window)
+    hidden_BTS = hidden_TS.expand(len(tokens_BT), -1, -1)
+    if documents_BT is not None:
+        hidden_BTS = hidden_BTS | (documents_BT[:, None, :] != documents_BT[:, :, None])
+    if positions_BT is not None:
+        # Padding still sees itself, so that its softmax has something to sum over.
+        hidden_BTS = hidden_BTS | ((positions_BT < 0)[:, None, :] & (index != index[:, None]))
+    return masked(hidden_BTS)
 
 
 def init_weights(
@@ -159,20 +219,20 @@ def init_weights(
     embedding_std = embedding_std or (0.02 if config.tie_embeddings else 1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "sinks")):
                 parameter.zero_()
                 continue
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(1.0 - config.norm.offset)
                 continue
-            std = parameter.shape[1] ** -0.5
+            std = parameter.shape[-1] ** -0.5
             if name == "embed_tokens.weight":
                 std = embedding_std
             elif name == "embed_positions.weight":
                 std = embedding_std / 2
             elif name == "lm_head.weight":
                 std = 0.001
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 std = 0.0 if zero_output else std / (2 * config.num_layers) ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
@@ -191,8 +251,11 @@ def flops_per_token(config: DecoderConfig, context: int) -> float:
     three times (forward, both gradients), with half the context visible on average (arXiv:2204.02311 appendix B counts
     all of it as visible). Inference takes a third.
     """
-    a, D = config.attention, config.hidden_size
-    projections = D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
-    mlp = D * config.mlp.size * (3 if config.mlp.gated else 2)
-    matrices = config.num_layers * (projections + mlp) + D * config.vocab_size
-    return 6.0 * matrices + 6.0 * config.num_layers * a.num_heads * a.head_dim * context
+    D, matrices, attention = config.hidden_size, config.hidden_size * config.vocab_size, 0
+    for layer in config.layers:
+        a, mlp = layer.attention, layer.mlp
+        matrices += D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+        used = 1 if mlp.experts is None else mlp.experts.per_token
+        matrices += used * D * mlp.size * (3 if mlp.gated else 2)
+        attention += a.num_heads * a.head_dim * min(context, 2 * (a.window or context))
+    return 6.0 * matrices + 6.0 * attention

@@ -6,54 +6,81 @@ names those that aren't so. Nothing is allocated before that is known.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ownlm.errors import ArtifactError, NotFound
-from ownlm.models.decoder import Decoder
-from ownlm.models.families import Family, Stored, from_hf, to_hf
+from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
+from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TIED_HEAD = "lm_head.weight"  # some files store the tied head a second time
+TIED_HEADS = ("lm_head.weight", "embed_out.weight")  # some files store the tied head a second time
 
 
-def load_model(
-    directory: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Decoder:
+def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
     """The model of a Hugging Face directory, in `dtype` (None: as it is stored), ready for inference or training.
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
     """
     root = Path(directory)
-    config, family = from_hf(read_json(root / "config.json"), where=str(root / "config.json"))
+    hf = read_json(root / "config.json")
     files = _files(root)
+    held = frozenset(name for entries in files.values() for name in entries)
+    config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = family.build(config, hf)
     ours = dict(model.named_parameters())
-    table = _match(family, tuple(family.tensors(config)), ours, files, config.tie_embeddings, root)
-    stored = next(entries[name].dtype for entries in files.values() for name in entries if name in table)
+    names = Names(family, stored_tensors(family.names(config), ours), held)
+    _match(names, ours, files, root)
+    stored = next(entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name))
     model = model.to(dtype or stored).to_empty(device=device)
     ours = dict(model.named_parameters())
-    copied_head = None
+    second = {}
     for path, entries in files.items():
         for name, tensor in read_tensors(path, entries):
-            if name in table:
-                _place(table[name], tensor, ours)
-            elif name == TIED_HEAD:
-                copied_head = tensor.to(dtype or stored, copy=True)
-    if copied_head is not None and not torch.equal(copied_head.to(device), model.head_weight):
-        raise ArtifactError(f"tensor {TIED_HEAD} differs from the embedding it is tied to.", where=str(root))
+            if (target := names.find(name)) is not None:
+                target.place(tensor, ours)
+            elif not names.derived(name):
+                second[name] = tensor.to(dtype or stored, copy=True)
+    for name, tensor in second.items():
+        if not torch.equal(tensor.to(device), cast(Tensor, model.head_weight)):
+            raise ArtifactError(f"tensor {name} differs from the embedding it is tied to.", where=str(root))
     return model.eval()
 
 
+class Names:
+    """The tensors of a family as the files at hand spell them."""
+
+    def __init__(self, family: Family, table: Sequence[Stored], held: Iterable[str]) -> None:
+        self.family = family
+        self.spelling = {name: self._canonical(name) for name in held}
+        spelled = set(self.spelling.values())
+        if family.prefix and not any(name.startswith(family.prefix) for name in spelled):
+            table = renamed(table, lambda name: name.removeprefix(family.prefix))
+        self.table = {stored.name: stored for stored in table}
+
+    def _canonical(self, name: str) -> str:
+        for pattern, replacement in self.family.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def find(self, name: str) -> Stored | None:
+        """What the tensor of this name in a file is made of."""
+        return self.table.get(self.spelling[name])
+
+    def derived(self, name: str) -> bool:
+        """True for stored tensors that are no weights."""
+        return re.fullmatch(self.family.derived, self.spelling[name]) is not None
+
+
 def save_model(
-    model: Decoder,
+    model: Any,
     directory: Path | str,
     *,
     dtype: torch.dtype | None = None,
@@ -67,21 +94,18 @@ def save_model(
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
+    hf = model.hf or to_hf(model.config)
+    family = FAMILIES[hf["model_type"]]
     ours = dict(model.named_parameters())
-    target = dtype or model.head_weight.dtype
-    _, family = from_hf(to_hf(model.config))
-
-    def joined(stored: Stored) -> Tensor:
-        parts = [ours[name].detach().to(target) for name in stored.ours]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.T if stored.transposed else whole
-
-    write_tensors(root / SINGLE, [(stored.name, joined(stored)) for stored in family.tensors(model.config)])
+    target = dtype or next(iter(ours.values())).dtype
+    table = stored_tensors(family.names(model.config), ours)
+    write_tensors(root / SINGLE, [(stored.name, stored.pack(ours).to(target)) for stored in table])
     eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else eos_token_id
     special = {"bos_token_id": bos_token_id, "eos_token_id": eos, "pad_token_id": pad_token_id}
-    names = to_hf(model.config) | special | {"dtype": str(target).removeprefix("torch.")}
-    write_json(root / "config.json", names)
-    write_json(root / "generation_config.json", {key: value for key, value in special.items() if value is not None})
+    given = {key: value for key, value in special.items() if value is not None}
+    kept = {key: value for key, value in hf.items() if key != "torch_dtype"}
+    write_json(root / "config.json", special | kept | given | {"dtype": str(target).removeprefix("torch.")})
+    write_json(root / "generation_config.json", given)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,28 +144,19 @@ def _files(root: Path) -> dict[Path, dict[str, Entry]]:
     return files
 
 
-def _match(
-    family: Family,
-    table: tuple[Stored, ...],
-    ours: Mapping[str, Tensor],
-    files: Mapping[Path, Mapping[str, Entry]],
-    tied: bool,
-    root: Path,
-) -> dict[str, Stored]:
-    """Which stored tensor becomes which of ours; ArtifactError names the missing, unexpected and misshapen."""
-    held = {name: entry for entries in files.values() for name, entry in entries.items()}
-    if not any(name.startswith(family.prefix) for name in held):
-        table = tuple(Stored(t.name.removeprefix(family.prefix), t.ours, t.transposed) for t in table)
-    wanted = {stored.name: stored for stored in table}
-    faults = [f"tensor {name} is missing" for name in wanted if name not in held]
+def _match(names: Names, ours: Mapping[str, Tensor], files: Mapping[Path, Mapping[str, Entry]], root: Path) -> None:
+    """ArtifactError names the missing, unexpected and misshapen tensors."""
+    held = {names.spelling[name]: entry for entries in files.values() for name, entry in entries.items()}
+    tied = "lm_head.weight" not in ours
+    faults = [f"tensor {name} is missing" for name in names.table if name not in held]
     faults += [
         f"tensor {name} is unexpected"
-        for name in held
-        if name not in wanted and not re.fullmatch(family.derived, name) and not (tied and name == TIED_HEAD)
+        for name, spelling in names.spelling.items()
+        if spelling not in names.table and not names.derived(name) and not (tied and name.endswith(TIED_HEADS))
     ]
-    for name, stored in wanted.items():
+    for name, stored in names.table.items():
         if name in held:
-            shape = _stored_shape(stored, ours)
+            shape = stored.shape(ours)
             if held[name].shape != shape:
                 faults.append(f"tensor {name} has shape {held[name].shape}, the config asks for {shape}")
             elif not held[name].dtype.is_floating_point:
@@ -149,17 +164,3 @@ def _match(
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise ArtifactError("; ".join(faults[:5]) + more + ".", where=str(root))
-    return wanted
-
-
-def _stored_shape(stored: Stored, ours: Mapping[str, Tensor]) -> tuple[int, ...]:
-    shapes = [tuple(ours[name].shape) for name in stored.ours]
-    joined = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    return joined[::-1] if stored.transposed else joined
-
-
-def _place(stored: Stored, tensor: Tensor, ours: Mapping[str, Tensor]) -> None:
-    whole = tensor.T if stored.transposed else tensor
-    targets = [ours[name].detach() for name in stored.ours]
-    for target, part in zip(targets, torch.split(whole, [t.shape[0] for t in targets]), strict=True):
-        target.copy_(part)

@@ -25,7 +25,13 @@ Objective = Callable[[Decoder, Batch], Loss]
 def causal_lm(model: Decoder, batch: Batch) -> Loss:
     """Predict the next token of every trained position."""
     hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
-    loss = linear_cross_entropy(hidden_BTD, model.head_weight, batch.targets_BT)
+    loss = linear_cross_entropy(
+        model.head_input(hidden_BTD),
+        model.head_weight,
+        batch.targets_BT,
+        bias_V=model.head_bias,
+        softcap=model.config.logit_softcap,
+    )
     return Loss(sum=loss, num_trained=batch.num_trained)
 
 

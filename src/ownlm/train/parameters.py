@@ -8,6 +8,7 @@ the gradient, the cast to bf16 and AdamW are a few calls over long vectors inste
 is a handful of tensors. When the model computes in bf16, its tensors are views of a bf16 copy, written once a step.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -69,7 +70,8 @@ class Parameters:
         for (kind, shape), members in groupby(sorted(named, key=key), key):
             names = list(members)
             sizes = [named[name].numel() for name in names]
-            full = (len(names), *shape) if shape else (sum(sizes),)
+            # The experts of a layer are a stack already.
+            full = (len(names) * math.prod(shape[:-2]), *shape[-2:]) if shape else (sum(sizes),)
             groups.append(Group(role=ORDER[kind], start=start, stop=start + sum(sizes), shape=full))
             for name, size in zip(names, sizes, strict=True):
                 parameter, end = named[name], start + size

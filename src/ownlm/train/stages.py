@@ -21,8 +21,8 @@ import torch
 from ownlm import device
 from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
 from ownlm.errors import UserError
-from ownlm.models.blocks import Attention, FeedForward, Rotary
-from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, init_weights
+from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, init_weights, uniform
+from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.weights import load_model, save_model
 from ownlm.records import Conversation, read_jsonl
 from ownlm.report import Reporter, duration, quantity
@@ -69,7 +69,7 @@ class ModelShape:
             raise ValueError("num_heads must be a multiple of num_kv_heads, and head_dim even")
 
     def config(self, vocab_size: int, context: int) -> DecoderConfig:
-        return DecoderConfig(
+        return uniform(
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
@@ -78,7 +78,7 @@ class ModelShape:
                 num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, qk_norm=True
             ),
             mlp=FeedForward(size=self.intermediate_size),
-            position=Rotary(theta=self.rope_theta),
+            rotary=Rotary(theta=self.rope_theta),
             tie_embeddings=self.tie_embeddings,
         )
 

@@ -1,0 +1,163 @@
+"""What the tensors of a checkpoint file are called, and how each is made of ours.
+
+A table maps our names to stored ones: a prefix of dotted words to another, the longest first, so that a family writes down
+only what differs. `{}` is the number of the layer, `{expert}` that of an expert, whose tensors we keep in one. Several of
+ours may make one stored tensor (q, k and v in one), through a layout of a closed, invertible set. One table serves reading,
+writing and any other format with names of its own.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed"]
+Part = tuple[str, int | None]  # our name, and the expert of it
+
+
+@dataclass(frozen=True, slots=True)
+class To:
+    """The right side of a table's row, where it is more than a name: how ours, joined along dimension 0, are laid out.
+    `count` is a number the layout needs (heads, or the patch size)."""
+
+    name: str
+    layout: Layout = "same"
+    count: int = 1
+
+
+Table = Mapping[str | tuple[str, ...], str | To]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a checkpoint file: `parts` of ours joined along dimension 0, then laid out."""
+
+    name: str
+    parts: tuple[Part, ...]
+    layout: Layout = "same"
+    count: int = 1
+
+    def pack(self, ours: Mapping[str, Tensor]) -> Tensor:
+        """The stored tensor; a view where nothing has to be joined."""
+        parts = [_part(ours, part) for part in self.parts]
+        return LAYOUTS[self.layout][0](parts[0] if len(parts) == 1 else torch.cat(parts), self.count)
+
+    def shape(self, ours: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape in the file."""
+        return tuple(self.pack({name: ours[name].to("meta") for name, _ in self.parts}).shape)
+
+    def place(self, stored: Tensor, ours: Mapping[str, Tensor]) -> None:
+        """Copy a stored tensor into ours, in their dtype."""
+        whole = LAYOUTS[self.layout][1](stored, self.count)
+        targets = [_part(ours, part) for part in self.parts]
+        for target, part in zip(targets, torch.split(whole, [len(t) for t in targets]), strict=True):
+            target.copy_(part)
+
+
+def stored_tensors(table: Table, parameters: Mapping[str, Tensor]) -> list[Stored]:
+    """Every stored tensor of a model with these parameters. AssertionError for one that the table has no name for."""
+    rows = {key if isinstance(key, tuple) else (key,): value for key, value in table.items()}
+    firsts = {keys[0]: keys for keys in rows}
+    joined = {key for keys in rows for key in keys[1:]}
+    stored = []
+    for name, parameter in parameters.items():
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+        general = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
+        words = general.split(".")
+        heads = [".".join(words[:size]) for size in range(len(words), 0, -1)]
+        found = next((head for head in heads if head in firsts or head in joined), None)
+        assert found is not None, f"{name} has no name in the file"
+        if found in joined:
+            continue
+        keys, rest = firsts[found], general[len(found) :]
+        to = rows[keys]
+        to = To(to) if isinstance(to, str) else to
+        pattern = (to.name + rest).replace("{}", numbers[0] if numbers else "{}")
+        members = [(key + rest).replace("{}", numbers[0] if numbers else "{}") for key in keys]
+        # A name without its suffix ("experts.gate_proj") is a raw tensor: the suffix of the row's name is its own.
+        experts = range(len(parameter)) if "{expert}" in pattern else [None]
+        for expert in experts:
+            stored.append(
+                Stored(
+                    pattern.replace("{expert}", str(expert)),
+                    tuple((member, expert) for member in members if member in parameters),
+                    to.layout,
+                    to.count,
+                )
+            )
+    return stored
+
+
+def _part(ours: Mapping[str, Tensor], part: Part) -> Tensor:
+    name, expert = part
+    tensor = ours[name].detach()
+    return tensor if expert is None else tensor[expert]
+
+
+def _flip(x: Tensor, count: int) -> Tensor:
+    return x.T if x.ndim == 2 else x
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(3 H d, …) -> (H 3 d, …): q, k and v of each head side by side."""
+    return x.reshape(3, heads, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+
+def _from_by_head(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(heads, 3, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 2)
+
+
+def _pairs(x: Tensor, heads: int) -> Tensor:
+    """Rotary in the half layout -> neighbouring pairs, as Meta's and GGUF's Llama files have it."""
+    return x.reshape(heads, 2, -1, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
+
+
+def _from_pairs(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
+
+
+def _image(x: Tensor, patch: int) -> Tensor:
+    """(D, C P P) -> (D, C, P, P): a linear layer over patches as the convolution it is stored as."""
+    return x.reshape(len(x), -1, patch, patch)
+
+
+def _from_image(x: Tensor, patch: int) -> Tensor:
+    return x.flatten(1)
+
+
+def _gate_up_pairs(x: Tensor, count: int) -> Tensor:
+    """gate then up, (2 E, F, …) -> (E, …, 2 F) with gate and up in turn; biases (2 E, F) -> (E, 2 F)."""
+    x = x.reshape(2, -1, *x.shape[1:]).movedim(0, 2).flatten(1, 2)
+    return x.transpose(1, 2) if x.ndim == 3 else x
+
+
+def _from_gate_up_pairs(x: Tensor, count: int) -> Tensor:
+    x = x.transpose(1, 2) if x.ndim == 3 else x
+    return x.reshape(len(x), -1, 2, *x.shape[2:]).movedim(2, 0).flatten(0, 1)
+
+
+def _experts(x: Tensor, count: int) -> Tensor:
+    return x.transpose(1, 2) if x.ndim == 3 else x
+
+
+def _same(x: Tensor, count: int) -> Tensor:
+    return x
+
+
+LAYOUTS: dict[Layout, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
+    "same": (_same, _same),
+    "transposed": (_flip, _flip),
+    "by_head": (_by_head, _from_by_head),
+    "pairs": (_pairs, _from_pairs),
+    "flat": (_image, _from_image),
+    "gate_up_pairs": (_gate_up_pairs, _from_gate_up_pairs),
+    "experts_transposed": (_experts, _experts),
+}  # (ours -> stored, stored -> ours)
+
+
+def renamed(table: Iterable[Stored], change: Callable[[str], str]) -> list[Stored]:
+    """The same tensors under other names."""
+    return [Stored(change(stored.name), stored.parts, stored.layout, stored.count) for stored in table]
