@@ -14,7 +14,7 @@ from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
-FAMILIES = ["gpt2", "llama3", "qwen3"]
+FAMILIES = ["gpt2", "llama3", "qwen3", "mistral", "gpt-neo", "gemma3", "phi2", "mixtral", "gpt-oss"]
 BAR = 1e-5
 
 

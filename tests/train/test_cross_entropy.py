@@ -28,6 +28,19 @@ def test_loss_and_gradients_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_bias_and_softcap() -> None:
+    hidden, weight, targets = leaves(torch.float64)
+    bias = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    logits = 3.0 * torch.tanh((hidden @ weight.T + bias) / 3.0)
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    ours = linear_cross_entropy(hidden, weight, targets, bias_V=bias, softcap=3.0)
+    torch.testing.assert_close(ours.double(), wanted, rtol=1e-6, atol=0)
+    everything = (hidden, weight, bias)
+    pairs = zip(torch.autograd.grad(ours, everything), torch.autograd.grad(wanted, everything), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_without_gradients_the_loss_is_the_same() -> None:
     hidden, weight, targets = leaves(torch.float32)
     with torch.no_grad():

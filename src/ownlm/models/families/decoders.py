@@ -21,6 +21,7 @@ def llama(
     theta: float = 10_000.0,
     activation: str = "hidden_act",
     default_activation: str = "silu",
+    eps: float = 1e-6,
     **attention: Any,
 ) -> DecoderConfig:
     """The shape of Llama, from the field names that most decoders share; `attention` are further fields of its spec."""
@@ -28,7 +29,7 @@ def llama(
     hidden_size, heads = fields.count("hidden_size"), fields.count("num_attention_heads", at_most=HEADS)
     head_dim = fields.count("head_dim", head_dim or max(1, hidden_size // heads), at_most=HEADS)
     max_tokens = fields.count("max_position_embeddings", 2048)
-    norm = Norm(eps=fields.number("rms_norm_eps", 1e-6))
+    norm = Norm(eps=fields.number("rms_norm_eps", eps))
     bias = fields.flag("attention_bias", False)
     spec = Attention(
         num_heads=heads,
@@ -85,7 +86,7 @@ def read_mistral(fields: Fields) -> DecoderConfig:
 
 
 def read_mixtral(fields: Fields) -> DecoderConfig:
-    config = llama(fields, theta=1e6)
+    config = llama(fields, theta=1e6, eps=1e-5)
     config = windows(fields, config, fields.window(), ["sliding_attention"] * config.num_layers)
     return each(config, experts=experts(fields, "num_local_experts", 8, 2))
 
@@ -205,7 +206,7 @@ def phi_names(config: DecoderConfig) -> Table:
 
 def read_phi3(fields: Fields) -> DecoderConfig:
     """Phi-3 and Phi-4: Llama with q, k and v in one tensor, gate and up in one, and LongRope."""
-    config = llama(fields)
+    config = llama(fields, eps=1e-5)
     return windows(fields, config, fields.window(), ["sliding_attention"] * config.num_layers)
 
 
@@ -476,7 +477,7 @@ def read_gpt_oss(fields: Fields) -> DecoderConfig:
     """Attention sinks, YaRN, windows in every second layer, experts with clamped gates, biases everywhere
     (arXiv:2508.10925)."""
     fields.only(hidden_act="silu", swiglu_alpha=1.702)
-    config = llama(fields, head_dim=64, theta=150_000.0, sinks=True, bias=True, output_bias=True)
+    config = llama(fields, head_dim=64, theta=150_000.0, eps=1e-5, sinks=True, bias=True, output_bias=True)
     alternating = dict.fromkeys(range(0, config.num_layers, 2), "sliding_attention")
     config = windows(fields, config, fields.window(default=128), fields.kinds(config.num_layers, alternating))
     mlp = replace(
@@ -509,6 +510,7 @@ def read_grok(fields: Fields) -> DecoderConfig:
     config = llama(
         fields,
         default_activation="gelu_pytorch_tanh",
+        eps=1e-5,
         softcap=fields.number("max_attn_value", 30.0),
         scale=fields.number("attn_output_multiplier", 0.08838834764831845),
     )
