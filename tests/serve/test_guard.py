@@ -130,10 +130,7 @@ def test_sizes_are_limited(address: str) -> None:
             yield big[: 2**20]
 
     for content in (big, drip()):
-        try:
-            refused = httpx.post(url, content=content, headers=kind)
-        except httpx.WriteError:  # the server hung up while we were still writing
-            continue
+        refused = httpx.post(url, content=content, headers=kind)
         assert refused.status_code == 413
         assert refused.json()["error"]["code"] == "body_too_large"
     assert http.get(f"{address}/health", headers={"x-a": "a" * 20_000}).status_code == 431

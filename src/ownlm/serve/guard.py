@@ -7,6 +7,8 @@ can send requests there, and by DNS rebinding read the answers. Such a page come
 an Origin that is not ours, so names that nobody declared are refused.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -24,6 +26,7 @@ Access: TypeAlias = Literal["public", "key"]
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16_384
 MAX_TARGET_BYTES = 4_096  # path and query
+DRAIN_S = 2.0
 
 SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (
@@ -128,6 +131,8 @@ class Guard:
 
         refusal = self.refuse(scope)
         if refusal:
+            if refusal[0] == 413:
+                await drain(receive, self.max_body_bytes)
             return await respond(safe_send, *refusal)
         size = 0
 
@@ -143,6 +148,7 @@ class Guard:
             await self.app(scope, limited_receive, safe_send)
         except BodyTooLarge:
             assert not started, "bodies are read before the answer begins"
+            await drain(receive, self.max_body_bytes)
             await respond(safe_send, 413, f"The body is larger than {self.max_body_bytes} bytes.", "body_too_large")
 
     def refuse(self, scope: Scope) -> tuple[int, str, str] | None:
@@ -179,6 +185,19 @@ class Guard:
             if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
                 return self.access[route.path]
         return "key"
+
+
+async def drain(receive: Receive, most: int) -> None:
+    """Read and forget up to `most` bytes of a body, for DRAIN_S at most: a client that is still writing when its connection
+    closes loses the answer with it."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while size <= most:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 async def respond(send: Send, status: int, message: str, code: str) -> None:
