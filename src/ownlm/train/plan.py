@@ -35,6 +35,7 @@ RECORD = "plans.jsonl"
 WIDTHS = (64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
 MAX_EPOCHS = 4.0
 TOKENS_PER_PARAMETER = 20.0  # the compute-optimal ratio of arXiv:2203.15556, for a budget of parameters only
+HEAD_WORTH = 0.25  # of a weight of the layers, where a small model is mostly vocabulary (docs/LOG.md, 2026-11-25)
 PROBE_S = 2.5
 VALIDATIONS, STATES = 8, 6  # during one run
 START_S = 2.0  # opening, verifying and writing artifacts
@@ -332,7 +333,8 @@ class StepCost:
 def expected_loss(width: int, step_s: float, seconds: float, corpus: Corpus, context: int) -> float:
     """Nats per token after `seconds` of 2,048-token steps; infinite where not even ten steps fit."""
     shape = shape_of(width)
-    parameters = count_parameters(shape.config(corpus.vocab_size, context)) - corpus.vocab_size * shape.hidden_size
+    table = corpus.vocab_size * shape.hidden_size
+    parameters = count_parameters(shape.config(corpus.vocab_size, context)) - 2 * table + HEAD_WORTH * table
     tokens = min(2_048 * seconds / step_s, MAX_EPOCHS * corpus.train_tokens)
     if seconds < 10 * step_s or parameters > 8 * corpus.train_tokens:
         return math.inf
