@@ -80,7 +80,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         entries = _entries(raw)
     except (ValueError, TypeError, RecursionError) as fault:
-        raise ArtifactError(f"the header can't be read: {str(fault)[:200]}.", where=str(path)) from None
+        # What the file says may hold escape sequences for the terminal that shows this.
+        said = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(fault)[:200])
+        raise ArtifactError(f"the header can't be read: {said}.", where=str(path)) from None
     at = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != at:
