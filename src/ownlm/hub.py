@@ -1,0 +1,3 @@
+"""placeholder"""
+
+BESIDE = ("config.json", "generation_config.json")
