@@ -35,7 +35,7 @@ def file_of(header: Any, data: bytes = b"") -> bytes:
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in read_tensors(path, read_header(path))}
+    return {name: tensor.clone() for name, tensor, _ in read_tensors(path, read_header(path))}
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:

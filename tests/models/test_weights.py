@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,3 +343,36 @@ def test_every_dtype_survives(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert again[name].dtype == tensor.dtype
         assert torch.equal(again[name], tensor)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from ownlm import device
+from ownlm.models.weights import load_model
+load_model(sys.argv[1])  # what is imported on the way is no memory of the weights
+Path("/proc/self/clear_refs").write_text("5")  # the peak is now
+before = device.peak_memory_bytes()
+model = load_model(sys.argv[2])
+print((device.peak_memory_bytes() - before) / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset as on Linux")
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt-oss"])
+def test_loading_takes_little_more_memory_than_the_weights(kind: str, tmp_path: Path) -> None:
+    """Also where they are turned around (GPT-2), stacked from many (Mixtral) or taken apart (GPT-OSS)."""
+    large = {
+        "gpt2": {"n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 50_257},
+        "mixtral": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 20_000},
+        "gpt-oss": {"hidden_size": 512, "intermediate_size": 1024, "layer_types": None, "vocab_size": 20_000},
+    }[kind]
+    for name, hf in (("small", CONFIGS[kind]), ("large", CONFIGS[kind] | large)):
+        save_model(Decoder(from_hf(hf)[0], hf).to(torch.bfloat16), tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.9 < float(done.stdout) <= 1.15

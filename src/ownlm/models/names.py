@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Layout = Literal["same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed"]
+BY_ROW: tuple[Layout, ...] = ("same", "gate_up_pairs", "experts_transposed")  # row n of the file is row n of ours
+PIECE_BYTES = 4_000_000  # copied at a time
 Part = tuple[str, int | None]  # our name, and the expert of it
 
 
@@ -49,12 +51,21 @@ class Stored:
         """The shape in the file."""
         return tuple(self.pack({name: ours[name].to("meta") for name, _ in self.parts}).shape)
 
-    def place(self, stored: Tensor, ours: Mapping[str, Tensor]) -> None:
-        """Copy a stored tensor into ours, in their dtype."""
-        whole = LAYOUTS[self.layout][1](stored, self.count)
-        targets = [_part(ours, part) for part in self.parts]
-        for target, part in zip(targets, torch.split(whole, [len(t) for t in targets]), strict=True):
-            target.copy_(part)
+    def place(self, stored: Tensor, ours: Mapping[str, Tensor], give_back: Callable[[int], None] | None = None) -> None:
+        """Copy a stored tensor into ours, in their dtype. `give_back(rows)` is told how far it got, where it goes by rows."""
+        targets, unpack = [_part(ours, part) for part in self.parts], LAYOUTS[self.layout][1]
+        if stored.ndim < 2 or self.layout not in BY_ROW or (len(targets) > 1 and self.layout == "same"):
+            whole = unpack(stored, self.count)
+            for target, part in zip(targets, torch.split(whole, [len(t) for t in targets]), strict=True):
+                target.copy_(part)
+            return
+        step = max(1, PIECE_BYTES * len(stored) // max(1, stored.nbytes))
+        for row in range(0, len(stored), step):
+            parts = unpack(stored[row : row + step], self.count).chunk(len(targets))
+            for target, part in zip(targets, parts, strict=True):
+                target[row : row + step].copy_(part)
+            if give_back is not None:
+                give_back(row + step)
 
 
 def stored_tensors(table: Table, parameters: Mapping[str, Tensor]) -> list[Stored]:

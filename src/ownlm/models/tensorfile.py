@@ -134,13 +134,22 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     return Entry(dtype, shape, base + start, base + end)
 
 
-def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor as a view of the mapped file, in file order; use (copy) it before asking for the next."""
+def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor, Callable[[int], None]]]:
+    """(name, tensor, give_back) in file order: the tensor as a view of the mapped file; use (copy) it before asking for the
+    next. `give_back(rows)` says that so many of its rows were copied, so that a large one is never in memory twice."""
     with path.open("rb") as file:
         # Beyond the end of a file there is no memory: touching it would end the process.
         if os.fstat(file.fileno()).st_size < max((entry.end for entry in entries.values()), default=1):
             raise ArtifactError("the file was cut short after its header was read.", where=str(path))
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    page = mmap.PAGESIZE
+
+    def free(start: int, end: int) -> None:
+        """Give whole pages back, so that the file does not stay in memory beside its copy."""
+        first, last = -(-start // page) * page, end // page * page
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     with contextlib.closing(mapped):
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
             count = math.prod(entry.shape)
@@ -151,13 +160,13 @@ def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str
                 aligned = entry.start % entry.dtype.itemsize == 0
                 flat = (data if aligned else data.clone()).view(entry.dtype)
                 del data
-            yield name, flat.view(entry.shape)
+
+            def give_back(rows: int, entry: Entry = entry) -> None:
+                free(entry.start, entry.start + (entry.end - entry.start) * min(rows, entry.shape[0]) // entry.shape[0])
+
+            yield name, flat.view(entry.shape), give_back
             del flat
-            # Give the pages back, so that the file does not stay in memory beside its copy.
-            page = mmap.PAGESIZE
-            first, last = -(-entry.start // page) * page, entry.end // page * page
-            if last > first and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+            free(entry.start, entry.end)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor | Pending]]) -> None:

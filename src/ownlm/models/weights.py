@@ -43,9 +43,9 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
     ours = dict(model.named_parameters())
     second = {}
     for path, entries in files.items():
-        for name, tensor in read_tensors(path, entries):
+        for name, tensor, give_back in read_tensors(path, entries):
             if (target := names.find(name)) is not None:
-                target.place(tensor, ours)
+                target.place(tensor, ours, give_back)
             elif not names.derived(name):
                 second[name] = tensor.to(dtype or stored, copy=True)
     for name, tensor in second.items():

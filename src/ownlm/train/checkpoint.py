@@ -99,7 +99,7 @@ def _read(path: Path) -> State:
         raise ArtifactError(f"{RECORD} does not match its seal.", where=str(path))
     if not (path / TENSORS).is_file() or sha256(path / TENSORS) != wanted:
         raise ArtifactError(f"{TENSORS} does not match its checksum.", where=str(path))
-    tensors = {name: tensor.clone() for name, tensor in read_tensors(path / TENSORS, read_header(path / TENSORS))}
+    tensors = {name: tensor.clone() for name, tensor, _ in read_tensors(path / TENSORS, read_header(path / TENSORS))}
     return State(step, tensors, record)
 
 
