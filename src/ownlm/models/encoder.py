@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ownlm.models.attention import Visibility, everything, masked
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.heads import MaskedLMHead, Pooler, make_head
+from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Head, Layer, Norm, Task
 
 
@@ -45,12 +46,14 @@ class EncoderConfig:
 class Encoder(nn.Module):
     """`model(tokens_BT)` gives hidden states; `logits` (masked LM) or `head` (the other tasks) read them.
 
-    `hf` is the config.json it came with, which is written back when the model is saved.
+    `hf` is the config.json it came with and `pooling` how its files want a text's vector made; both are written back when
+    the model is saved.
     """
 
     def __init__(self, config: EncoderConfig, hf: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.config, self.hf = config, hf
+        self.pooling: Pooling | None = None
         D = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_positions = nn.Embedding(config.first_position + config.max_tokens, D)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ownlm.errors import ArtifactError, NotFound
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.names import Stored, renamed, stored_tensors
+from ownlm.models.pooling import read_pooling, write_pooling
 from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,8 +33,9 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
     files = _files(root)
     held = frozenset(name for entries in files.values() for name in entries)
     config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
+    pooling = read_pooling(root)
     with torch.device("meta"):
-        model = family.build(config, hf)
+        model: Any = family.build(config, hf)
     ours = dict(model.named_parameters())
     names = Names(family, stored_tensors(family.names(config), ours), held)
     _match(names, ours, files, root)
@@ -51,6 +53,7 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
         twin = names.copy_of(name, ours)
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
             raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
+    model.pooling = pooling
     return model.eval()
 
 
@@ -114,6 +117,8 @@ def save_model(
     kept = {key: value for key, value in hf.items() if key != "torch_dtype"}
     write_json(root / "config.json", special | kept | given | {"dtype": str(target).removeprefix("torch.")})
     write_json(root / "generation_config.json", given)
+    if (pooling := getattr(model, "pooling", None)) is not None:  # models of images have none
+        write_pooling(pooling, root, model.config.hidden_size)
 
 
 def _names(table: Iterable[Stored]) -> list[str]:

@@ -136,7 +136,13 @@ def _decoder(
 ) -> Family:
     copies = {"lm_head.weight": "embed_tokens.weight", "embed_out.weight": "embed_tokens.weight"}
     return Family(
-        architecture=name, read=read, build=Decoder, names=names, prefix=prefix, derived=derived, copies=copies
+        architecture=name,
+        read=lambda fields: d.with_task(fields, read(fields)),
+        build=Decoder,
+        names=lambda config: {**names(config), "head.out": "score"},
+        prefix=prefix,
+        derived=derived,
+        copies=copies,
     )
 
 

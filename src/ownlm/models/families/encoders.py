@@ -10,34 +10,11 @@ from typing import Any, Literal
 
 from ownlm.models.encoder import EncoderConfig
 from ownlm.models.families.fields import Fields
+from ownlm.models.families.heads import TASKS, kind_of, task_head
 from ownlm.models.names import Table
 from ownlm.models.specs import Activation, Attention, FeedForward, Head, Layer, Norm, Task
 
 HEADS, LAYERS, WIDTH = 2**14, 4096, 2**26  # no checkpoint comes near these
-TASKS: dict[str, Task | None] = {
-    "MaskedLM": "masked_lm", "PreTraining": "masked_lm", "SequenceClassification": "sequence",
-    "TokenClassification": "token", "QuestionAnswering": "span", "NextSentencePrediction": None,
-}  # fmt: skip
-
-
-def architecture(fields: Fields) -> str:
-    """What follows "For" in the class that the file names first; nothing for the bare model, or where no class is named."""
-    names = fields.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return name.partition("For")[2]
-
-
-def task_head(fields: Fields, task: Task | None, **spec: Any) -> Head | None:
-    """The head of a task, with the labels that the config names."""
-    if task not in ("sequence", "token", "span"):
-        return None
-    labels = fields.labels()
-    if task == "span":
-        if len(labels) != 2:
-            fields.faults.append(f"a head for question answering has 2 outputs, not {len(labels)}")
-        return Head(task=task)
-    problem = fields.problem(labels) if task == "sequence" else "single"
-    return Head(task=task, labels=labels, problem=problem, **spec)
 
 
 def encoder(
@@ -67,7 +44,7 @@ def encoder(
     mlp = FeedForward(size=fields.count(sizes[3], at_most=WIDTH), activation=act, gated=False, bias=True)
     layer = Layer(attention=attention, mlp=mlp, norm=norm, norms="after")
 
-    kind = architecture(fields)
+    kind = kind_of(fields.config)
     if kind and kind not in TASKS:
         fields.faults.append(f"a model for {kind} is not supported (supported: {', '.join(TASKS)})")
     task = TASKS.get(kind)

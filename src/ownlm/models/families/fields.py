@@ -6,9 +6,9 @@ that would change what is computed and that we don't compute is refused, never i
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
-from ownlm.models.specs import Activation, LinearScaling, Llama3Scaling, LongRope, Problem, Rotary, YarnScaling
+from ownlm.models.specs import Activation, LinearScaling, Llama3Scaling, LongRope, Rotary, YarnScaling
 
 HF_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -18,11 +18,6 @@ HF_NAMES: dict[Activation, str] = {
     "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
     "relu2": "relu2",
 }  # fmt: skip
-
-PROBLEMS: dict[str, Problem] = {
-    "single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression",
-}  # fmt: skip
-LABELS = 2**20
 
 
 class Fields:
@@ -114,27 +109,6 @@ class Fields:
             self.faults.append(f"layer_types must name {count} layers as {' or '.join(sorted(known))}, got {value!r}")
             return ["full_attention"] * count
         return value
-
-    def labels(self) -> tuple[str, ...]:
-        """The names of the classes in order: `id2label`, or LABEL_0 … of `num_labels`, which is 2 where nothing is said."""
-        value = self.config.get("id2label")
-        if value is None:
-            return tuple(f"LABEL_{index}" for index in range(self.count("num_labels", 2, at_most=LABELS)))
-        names = value if isinstance(value, Mapping) else {}
-        found = tuple(names.get(str(index), names.get(index)) for index in range(len(names)))
-        if not 0 < len(found) <= LABELS or not all(isinstance(name, str) for name in found):
-            self.faults.append(f"id2label must name each class from 0 on, got {str(value)[:200]}")
-            return ("LABEL_0",)
-        return cast(tuple[str, ...], found)
-
-    def problem(self, labels: tuple[str, ...]) -> Problem:
-        """problem_type; where nothing is said, one label means a number."""
-        value = self.config.get("problem_type")
-        if value is None:
-            return "regression" if len(labels) == 1 else "single"
-        if value not in PROBLEMS:
-            self.faults.append(f"problem_type {value!r} is not supported (supported: {', '.join(PROBLEMS)})")
-        return PROBLEMS.get(value, "single")
 
     def rotary(
         self,
