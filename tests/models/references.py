@@ -120,6 +120,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def loud(config: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     """A transformers model in fp32 whose every weight matters."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager").float()
+    return make_loud(model, seed)
+
+
+def make_loud(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,6 +4,8 @@
                           └─ logits, hidden, score, embed ─► the plain forward that training uses
 
 A prompt is a `str`, continued as raw text, or a list of messages, answered as a chat through the checkpoint's own template.
+Encoders (BERT) and models with another head than the vocabulary's read texts and write none: of those above, they have `hidden`
+and `embed`, and `logits` where there is a masked-LM head.
 
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
@@ -25,6 +27,8 @@ from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
 from ownlm.models.decoder import Decoder
+from ownlm.models.encoder import Encoder
+from ownlm.models.pooling import Pooling, pool
 from ownlm.models.weights import load_model
 from ownlm.records import Completion, FinishReason, Message
 from ownlm.tokens.codec import Tokenizer
@@ -58,11 +62,11 @@ def load(
 
 
 class Model:
-    """A decoder and its tokenizer. `slots` bounds how many answers are generated at the same time."""
+    """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Encoder,
         tokenizer: Tokenizer,
         *,
         name: str = "model",
@@ -71,6 +75,7 @@ class Model:
         slots: int = SLOTS,
     ) -> None:
         self.decoder, self.tokenizer = decoder.eval(), tokenizer
+        self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots = slots
         self.lock = threading.RLock()
@@ -86,19 +91,34 @@ class Model:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.decoder.parameters())
 
+    def writer(self) -> Decoder:
+        """The decoder. Raises UserError where this model can only read."""
+        if isinstance(self.decoder, Decoder) and self.decoder.task is None:
+            return self.decoder
+        has = "no head" if self.decoder.task is None else f"a head for {self.decoder.task!r}"
+        raise UserError(
+            f"this model reads texts and writes none: its config names {has}.",
+            where=self.name,
+            cure="Use its `embed` or `hidden`, or load a model for causal LM.",
+        )
+
     def engine(self, slots: int | None = None) -> Engine:
-        """A new engine over this model, its cache within CACHE_SHARE of the free memory."""
-        config = self.decoder.config
-        itemsize = self.decoder.head_weight.element_size()
+        """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
+        decoder = self.writer()
+        config = decoder.config
+        itemsize = decoder.head_weight.element_size()
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
         affordable = int(machine.free_memory_bytes() * CACHE_SHARE) // slot_bytes
-        return Engine(self.decoder, self.tokenizer, slots=max(1, min(slots or self.slots, affordable)))
+        return Engine(decoder, self.tokenizer, slots=max(1, min(slots or self.slots, affordable)))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""
         if isinstance(prompt, str):
+            if isinstance(self.decoder, Encoder):
+                return self.tokenizer.document(prompt)
             # A document without its end token; a text of nothing stands where a new document begins.
             return self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id]
+        self.writer()
         return self.tokenizer.chat([as_message(message) for message in prompt], add_generation_prompt=True)[0]
 
     @overload
@@ -167,29 +187,38 @@ class Model:
                 del self._events[request]
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """(B, T) token ids -> (B, T, V) float32."""
-        return self.decoder.logits(self._forward(ids)).float()
+    def logits(self, ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, V) float32: for the next token, or, of an encoder, for the token at each place.
+
+        `mask` is True for real tokens. Raises UserError where there is no head for it.
+        """
+        if self.decoder.task != "masked_lm":
+            self.writer()
+        return self.decoder.logits(self._forward(ids, mask)).float()
 
     @torch.inference_mode()
-    def hidden(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """(B, T) token ids -> (B, T, D) final hidden states, after the last norm."""
-        return self._forward(ids)
+    def hidden(self, ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, D) final hidden states, after the last norm. `mask` is True for real tokens."""
+        return self._forward(ids, mask)
 
     @torch.inference_mode()
     def embed(self, texts: str | Sequence[str]) -> Tensor:
-        """(N, D) float32: the mean of each text's final hidden states, scaled to length 1."""
-        ids = [self.prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        return self.embed_ids(ids)
+        """(N, D) float32, a vector of each text: made as the model's files say (sentence-transformers' modules.json), else the
+        mean of its final hidden states, scaled to length 1."""
+        texts = [texts] if isinstance(texts, str) else texts
+        # The vector of a last token is that of the token that ends the text.
+        whole = self.tokenizer.document if self.pooling.kind == "last" else self.prompt_ids
+        return self.embed_ids([whole(text) for text in texts])
 
     @torch.inference_mode()
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """`embed` for texts that are tokens already. Raises ContextTooLong."""
         rows = torch.empty(len(ids), self.decoder.config.hidden_size)
+        kind, normalize = self.pooling.kind, self.pooling.normalize
         for chosen, hidden_BTD in self._batches(ids):
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
-                rows[index] = hidden_TD[: len(ids[index])].float().mean(0).cpu()
-        return torch.nn.functional.normalize(rows, dim=-1)
+                rows[index] = pool(hidden_TD[None, : len(ids[index])], kind=kind, normalize=normalize)[0].cpu()
+        return rows
 
     def score(self, prompt: Prompt, continuation: str) -> tuple[float, ...]:
         """The natural log-probability of each token of `continuation` after `prompt`; their sum is the text's."""
@@ -198,6 +227,7 @@ class Model:
     @torch.inference_mode()
     def scores(self, pairs: Iterable[tuple[Prompt, str]]) -> list[tuple[float, ...]]:
         """`score` of many (prompt, continuation) pairs, in batches of similar length. Raises ContextTooLong."""
+        decoder = self.writer()
         split = [self.continuation_ids(prompt, continuation) for prompt, continuation in pairs]
         results: list[tuple[float, ...]] = [()] * len(split)
         # The last token predicts nothing that is asked for.
@@ -205,7 +235,7 @@ class Model:
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 prompt, rest = split[index]
                 first = len(prompt) - 1
-                logprobs_TV = self.decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
+                logprobs_TV = decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
                 ids_T = torch.tensor(rest, device=logprobs_TV.device)
                 results[index] = tuple(logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist())
         return results
@@ -226,8 +256,7 @@ class Model:
         return ids, whole[len(ids) :]
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """(which rows, their hidden states (B, T, D)) in batches of similar length; rows are padded on the right, which a
-        causal model never sees."""
+        """(which rows, their hidden states (B, T, D)) in batches of similar length, padded on the right."""
         for row in ids:
             if len(row) > self.context:
                 raise ContextTooLong(len(row), 0, self.context)
@@ -237,13 +266,22 @@ class Model:
         while order:
             width = len(ids[order[0]])
             chosen, order = order[: max(1, FORWARD_TOKENS // width)], order[max(1, FORWARD_TOKENS // width) :]
-            yield chosen, self._forward([[*ids[index], *[0] * (width - len(ids[index]))] for index in chosen])
+            mask = torch.arange(width) < torch.tensor([len(ids[index]) for index in chosen])[:, None]
+            yield chosen, self._forward([[*ids[index], *[0] * (width - len(ids[index]))] for index in chosen], mask)
 
-    def _forward(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def _forward(self, ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
         tokens_BT = torch.as_tensor(ids, dtype=torch.int64, device=self.decoder.head_weight.device)
         if tokens_BT.shape[-1] > self.context:
             raise ContextTooLong(tokens_BT.shape[-1], 0, self.context)
-        return cast(Tensor, self.decoder(tokens_BT))
+        if mask is None or bool(mask.all()):
+            return cast(Tensor, self.decoder(tokens_BT))
+        mask_BT = mask.to(tokens_BT.device, torch.bool)
+        if isinstance(self.decoder, Encoder):
+            return cast(Tensor, self.decoder(tokens_BT, mask_BT=mask_BT))
+        if bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all()):
+            return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
+        positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
+        return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
 
 
 class Answer:

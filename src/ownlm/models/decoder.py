@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ownlm.models.attention import Visibility, causal, masked
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.cache import KVCache
+from ownlm.models.heads import make_head
+from ownlm.models.pooling import Pooling
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
-from ownlm.models.specs import Attention, FeedForward, Layer, Norm, Rotary
+from ownlm.models.specs import Attention, FeedForward, Head, Layer, Norm, Rotary, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class DecoderConfig:
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    head: Head | None = None  # in place of the one over the vocabulary
 
     @property
     def num_layers(self) -> int:
@@ -91,7 +94,8 @@ class Rotations:
 class Decoder(nn.Module):
     """`model(tokens_BT)` gives hidden states, `model.logits(hidden)` their next-token logits.
 
-    `hf` is the config.json it came with, which is written back when the model is saved.
+    `hf` is the config.json it came with and `pooling` how its files want a text's vector made; both are written back when
+    the model is saved.
     """
 
     def __init__(self, config: DecoderConfig, hf: Mapping[str, Any] | None = None) -> None:
@@ -103,7 +107,12 @@ class Decoder(nn.Module):
             Block(config.hidden_size, layer, index) for index, layer in enumerate(config.layers)
         )
         self.norm = make_norm(config.hidden_size, config.norm)
-        if config.tie_embeddings:
+        self.pooling: Pooling | None = None
+        self.head: nn.Module | None = None
+        if config.head is not None:
+            self.lm_head = self.lm_head_bias = None
+            self.head = make_head(config.hidden_size, config.vocab_size, config.head, config.norm)
+        elif config.tie_embeddings:
             self.lm_head = None
             self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
         else:
@@ -111,6 +120,11 @@ class Decoder(nn.Module):
             self.lm_head_bias = None
         self.rotations = Rotations(config.layers)
         self.windows = {layer.attention.window for layer in config.layers}
+
+    @property
+    def task(self) -> Task | None:
+        """What its head does; None where that is to go on with a text."""
+        return None if self.config.head is None else self.config.head.task
 
     @property
     def head_weight(self) -> Tensor:
@@ -123,6 +137,7 @@ class Decoder(nn.Module):
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """What the head multiplies: hidden states, scaled."""
+        assert self.head is None, f"this model has a head for {self.task}"
         return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
     def logits(self, hidden: Tensor) -> Tensor:

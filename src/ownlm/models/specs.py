@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+Task = Literal["masked_lm", "sequence", "token", "span"]
+Problem = Literal["single", "multi", "regression"]  # one label of several, any number of labels, numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,3 +126,17 @@ class Layer:
     rotary: Rotary | None = None
     norms: Literal["before", "after", "around"] = "before"
     residual: Literal["sequential", "parallel", "shared"] = "sequential"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What reads the hidden states: every token into the vocabulary ("masked_lm"), a whole text ("sequence") or every token
+    ("token") into labels, every token into a score for where an answer starts and one for where it ends ("span").
+    `activation` is that of a dense layer before the last one; None: there is none."""
+
+    task: Task
+    labels: tuple[str, ...] = ()
+    problem: Problem = "single"
+    activation: Activation | Literal["tanh"] | None = None
+    reads: Literal["first", "last"] = "first"  # the token that stands for the text
+    bias: bool = True

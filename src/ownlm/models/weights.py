@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch import Tensor
 from ownlm.errors import ArtifactError, NotFound
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.names import Stored, renamed, stored_tensors
+from ownlm.models.pooling import read_pooling, write_pooling
 from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TIED_HEADS = ("lm_head.weight", "embed_out.weight")  # some files store the tied head a second time
 
 
 def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
@@ -33,8 +33,9 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
     files = _files(root)
     held = frozenset(name for entries in files.values() for name in entries)
     config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
+    pooling = read_pooling(root)
     with torch.device("meta"):
-        model = family.build(config, hf)
+        model: Any = family.build(config, hf)
     ours = dict(model.named_parameters())
     names = Names(family, stored_tensors(family.names(config), ours), held)
     _match(names, ours, files, root)
@@ -49,8 +50,10 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
             elif not names.derived(name):
                 second[name] = tensor.to(dtype or stored, copy=True)
     for name, tensor in second.items():
-        if not torch.equal(tensor.to(device), cast(Tensor, model.head_weight)):
-            raise ArtifactError(f"tensor {name} differs from the embedding it is tied to.", where=str(root))
+        twin = names.copy_of(name, ours)
+        if twin is None or not torch.equal(tensor.to(device), ours[twin]):
+            raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
+    model.pooling = pooling
     return model.eval()
 
 
@@ -61,8 +64,11 @@ class Names:
         self.family = family
         self.spelling = {name: self._canonical(name) for name in held}
         spelled = set(self.spelling.values())
-        if family.prefix and not any(name.startswith(family.prefix) for name in spelled):
+        files, ours = (any(name.startswith(family.prefix) for name in group) for group in (spelled, _names(table)))
+        if ours and not files:
             table = renamed(table, lambda name: name.removeprefix(family.prefix))
+        elif files and not ours:
+            table = renamed(table, lambda name: family.prefix + name)
         self.table = {stored.name: stored for stored in table}
 
     def _canonical(self, name: str) -> str:
@@ -73,6 +79,11 @@ class Names:
     def find(self, name: str) -> Stored | None:
         """What the tensor of this name in a file is made of."""
         return self.table.get(self.spelling[name])
+
+    def copy_of(self, name: str, ours: Mapping[str, Tensor]) -> str | None:
+        """Which tensor of ours this one of a file repeats, where there is no room for a second."""
+        twins = (twin for end, twin in self.family.copies.items() if self.spelling[name].endswith(end))
+        return next((twin for twin in twins if twin in ours), None)
 
     def derived(self, name: str) -> bool:
         """True for stored tensors that are no weights."""
@@ -106,6 +117,12 @@ def save_model(
     kept = {key: value for key, value in hf.items() if key != "torch_dtype"}
     write_json(root / "config.json", special | kept | given | {"dtype": str(target).removeprefix("torch.")})
     write_json(root / "generation_config.json", given)
+    if (pooling := getattr(model, "pooling", None)) is not None:  # models of images have none
+        write_pooling(pooling, root, model.config.hidden_size)
+
+
+def _names(table: Iterable[Stored]) -> list[str]:
+    return [stored.name for stored in table]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,12 +164,11 @@ def _files(root: Path) -> dict[Path, dict[str, Entry]]:
 def _match(names: Names, ours: Mapping[str, Tensor], files: Mapping[Path, Mapping[str, Entry]], root: Path) -> None:
     """ArtifactError names the missing, unexpected and misshapen tensors."""
     held = {names.spelling[name]: entry for entries in files.values() for name, entry in entries.items()}
-    tied = "lm_head.weight" not in ours
     faults = [f"tensor {name} is missing" for name in names.table if name not in held]
     faults += [
         f"tensor {name} is unexpected"
         for name, spelling in names.spelling.items()
-        if spelling not in names.table and not names.derived(name) and not (tied and name.endswith(TIED_HEADS))
+        if spelling not in names.table and not names.derived(name) and names.copy_of(name, ours) is None
     ]
     for name, stored in names.table.items():
         if name in held:

@@ -15,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig
+from ownlm.models.encoder import Encoder
 from ownlm.models.families import decoders as d
+from ownlm.models.families import encoders as e
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
 from ownlm.models.names import Table
@@ -132,7 +134,34 @@ def _decoder(
     prefix: str = "model.",
     derived: str = r".*rotary_emb\.inv_freq",
 ) -> Family:
-    return Family(architecture=name, read=read, build=Decoder, names=names, prefix=prefix, derived=derived)
+    copies = {"lm_head.weight": "embed_tokens.weight", "embed_out.weight": "embed_tokens.weight"}
+    return Family(
+        architecture=name,
+        read=lambda fields: d.with_task(fields, read(fields)),
+        build=Decoder,
+        names=lambda config: {**names(config), "head.out": "score"},
+        prefix=prefix,
+        derived=derived,
+        copies=copies,
+    )
+
+
+def _encoder(name: str, read: Any, names: Any, *, prefix: str, head: str) -> Family:
+    """`head` is what names the tied weight and bias of the masked-LM head, which some files repeat."""
+    return Family(
+        architecture=name,
+        read=read,
+        build=Encoder,
+        names=names,
+        prefix=prefix,
+        derived=r"(.*\.)?embeddings\.(position_ids|token_type_ids)",
+        spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+        copies={f"{head}.weight": "embed_tokens.weight", f"{head}.bias": "head.bias"},
+    )
+
+
+def _roberta(name: str) -> Family:
+    return _encoder(name, e.read_roberta, e.roberta_names, prefix="roberta.", head="lm_head.decoder")
 
 
 WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
@@ -155,5 +184,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _decoder("Qwen3MoeForCausalLM", d.read_qwen3_moe, d.qwen3_moe_names),
     "gpt_oss": _decoder("GptOssForCausalLM", d.read_gpt_oss, d.gpt_oss_names),
     "grok-1": _decoder("Grok1ModelForCausalLM", d.read_grok, d.grok_names),
+    "bert": _encoder("BertForMaskedLM", e.read_bert, e.bert_names, prefix="bert.", head="cls.predictions.decoder"),
+    "roberta": _roberta("RobertaForMaskedLM"),
+    "xlm-roberta": _roberta("XLMRobertaForMaskedLM"),
+    "camembert": _roberta("CamembertForMaskedLM"),
+    "distilbert": _encoder(
+        "DistilBertForMaskedLM", e.read_distilbert, e.distilbert_names, prefix="distilbert.", head="vocab_projector"
+    ),
     "ownlm": _decoder("Decoder", read_own, own_names),
 }

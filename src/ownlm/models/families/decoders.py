@@ -8,6 +8,7 @@ from typing import Any
 
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.families.fields import HF_NAMES, Fields
+from ownlm.models.families.heads import kind_of, task_head
 from ownlm.models.names import Table, To
 from ownlm.models.specs import Attention, Experts, FeedForward, Layer, LinearScaling, Llama3Scaling, Norm, Rotary
 
@@ -57,6 +58,13 @@ def llama(
 def each(config: DecoderConfig, **mlp: Any) -> DecoderConfig:
     """The same with changes to the feed-forward spec of every layer."""
     return replace(config, layers=tuple(replace(layer, mlp=replace(layer.mlp, **mlp)) for layer in config.layers))
+
+
+def with_task(fields: Fields, config: DecoderConfig) -> DecoderConfig:
+    """The same, with the head that the class of the file names if it is one for whole texts."""
+    if kind_of(fields.config) != "SequenceClassification":
+        return config
+    return replace(config, head=task_head(fields, "sequence", reads="last", bias=False))
 
 
 def windows(fields: Fields, config: DecoderConfig, window: int | None, kinds: list[str]) -> DecoderConfig:

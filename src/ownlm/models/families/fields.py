@@ -51,6 +51,15 @@ class Fields:
             return 1
         return value
 
+    def index(self, name: str, default: int, *, below: int) -> int:
+        """A whole number from 0 on, below `below`; `default` where the field is missing or null."""
+        value = self.config.get(name)
+        value = default if value is None else value
+        if type(value) is not int or not 0 <= value < below:
+            self.faults.append(f"{name} must be a whole number from 0 to {below - 1}, got {value!r}")
+            return 0
+        return value
+
     def number(self, name: str, default: float | None = None, *, of: Mapping[str, Any] | None = None) -> float:
         """A number above zero."""
         value = (self.config if of is None else of).get(name)
