@@ -49,7 +49,8 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
             elif not names.derived(name):
                 second[name] = tensor.to(dtype or stored, copy=True)
     for name, tensor in second.items():
-        if not torch.equal(tensor.to(device), cast(Tensor, model.head_weight)):
+        original = ours[family.copies[name]] if name in family.copies else cast(Tensor, model.head_weight)
+        if not torch.equal(tensor.to(device), original):
             raise ArtifactError(f"tensor {name} differs from the embedding it is tied to.", where=str(root))
     return model.eval()
 
@@ -147,12 +148,15 @@ def _files(root: Path) -> dict[Path, dict[str, Entry]]:
 def _match(names: Names, ours: Mapping[str, Tensor], files: Mapping[Path, Mapping[str, Entry]], root: Path) -> None:
     """ArtifactError names the missing, unexpected and misshapen tensors."""
     held = {names.spelling[name]: entry for entries in files.values() for name, entry in entries.items()}
+    copies = names.family.copies
     tied = "lm_head.weight" not in ours
     faults = [f"tensor {name} is missing" for name in names.table if name not in held]
     faults += [
         f"tensor {name} is unexpected"
         for name, spelling in names.spelling.items()
-        if spelling not in names.table and not names.derived(name) and not (tied and name.endswith(TIED_HEADS))
+        if spelling not in names.table
+        and not names.derived(name)
+        and not (name in copies if copies else tied and name.endswith(TIED_HEADS))
     ]
     for name, stored in names.table.items():
         if name in held:

@@ -15,11 +15,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import decoders as d
+from ownlm.models.families import seq2seq as s
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
 from ownlm.models.names import Table
 from ownlm.models.specs import Layer, Rotary
+from ownlm.models.two_stream import TwoStream
 
 __all__ = ["FAMILIES", "Family", "family_of", "from_hf", "to_hf"]
 
@@ -135,6 +138,10 @@ def _decoder(
     return Family(architecture=name, read=read, build=Decoder, names=names, prefix=prefix, derived=derived)
 
 
+def _t5(name: str, read: Any) -> Family:
+    return Family(architecture=name, read=read, build=EncoderDecoder, names=s.t5_names, copies=s.T5_COPIES)
+
+
 WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
 MASKS = r".*attn(\.attention)?\.(bias|masked_bias)|.*attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 
@@ -155,5 +162,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _decoder("Qwen3MoeForCausalLM", d.read_qwen3_moe, d.qwen3_moe_names),
     "gpt_oss": _decoder("GptOssForCausalLM", d.read_gpt_oss, d.gpt_oss_names),
     "grok-1": _decoder("Grok1ModelForCausalLM", d.read_grok, d.grok_names),
+    "t5": _t5("T5ForConditionalGeneration", s.read_t5),
+    "mt5": _t5("MT5ForConditionalGeneration", s.read_mt5),
+    "xlnet": Family(
+        architecture="XLNetLMHeadModel",
+        read=s.read_xlnet,
+        build=TwoStream,
+        names=s.xlnet_names,
+        prefix="transformer.",
+        copies=s.XLNET_COPIES,
+    ),
     "ownlm": _decoder("Decoder", read_own, own_names),
 }

@@ -1,7 +1,7 @@
 """What a family of models is: a way to read its config.json and the names of its tensors."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ class Family:
     prefix        begins every name but the head's, and is left out in files of the bare model
     derived       matches stored tensors that are no weights
     spellings     (pattern, replacement) for stored names of older files
+    copies        stored tensors that some files have beside the one they repeat, and which of ours that is
     """
 
     architecture: str
@@ -30,3 +31,4 @@ class Family:
     prefix: str = ""
     derived: str = r"(?!)"
     spellings: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
