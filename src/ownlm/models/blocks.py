@@ -144,14 +144,17 @@ class CrossAttention(nn.Module):
     def read(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (B, K, S, d) of a source, the same for every query."""
         k, v = project(memory_BSD, self.k_proj, self.v_proj)
-        keys, values = (y.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for y in (k, v))
-        return keys, values
+        return self._by_head(k), self._by_head(v)
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
         assert step.source_visibility is not None
-        q_BHTd = self.q_proj(x_BTD).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
-        out: Tensor = self.o_proj(attend(q_BHTd, *step.source[self.index], step.source_visibility, self.scale).flatten(2))
+        q_BHTd = self._by_head(self.q_proj(x_BTD))
+        y_BTHd = attend(q_BHTd, *step.source[self.index], step.source_visibility, self.scale)
+        out: Tensor = self.o_proj(y_BTHd.flatten(2))
         return out
+
+    def _by_head(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.view(*x_BTD.shape[:2], -1, self.spec.head_dim).transpose(1, 2)
 
 
 def gated(gate: Tensor, up: Tensor, spec: FeedForward) -> Tensor:

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in"]
+Layout = Literal[
+    "same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in"
+]
 Part = tuple[str, int | None]  # our name, and the expert of it
 
 
@@ -145,7 +147,7 @@ def _experts(x: Tensor, count: int) -> Tensor:
 
 def _heads_out(x: Tensor, heads: int) -> Tensor:
     """(H d, D) -> (D, H, d): the projection into heads as XLNet multiplies it."""
-    return x.T.unflatten(1, (heads, -1))
+    return x.T.reshape(x.shape[1], heads, -1)
 
 
 def _from_heads_out(x: Tensor, heads: int) -> Tensor:
@@ -154,7 +156,7 @@ def _from_heads_out(x: Tensor, heads: int) -> Tensor:
 
 def _heads_in(x: Tensor, heads: int) -> Tensor:
     """(D, H d) -> (D, H, d): the projection out of heads."""
-    return x.unflatten(1, (heads, -1))
+    return x.reshape(len(x), heads, -1)
 
 
 def _from_heads_in(x: Tensor, heads: int) -> Tensor:

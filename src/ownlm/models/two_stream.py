@@ -59,7 +59,9 @@ class RelativeAttention(nn.Module):
         a = layer.attention
         self.heads, self.scale = a.num_heads, a.head_dim**-0.5
         width = a.num_heads * a.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.r_proj = (nn.Linear(hidden_size, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.r_proj = (
+            nn.Linear(hidden_size, width, bias=False) for _ in range(4)
+        )
         self.o_proj = nn.Linear(width, hidden_size, bias=False)
         shape = a.num_heads, a.head_dim
         self.r_w_bias, self.r_r_bias, self.r_s_bias = (nn.Parameter(torch.zeros(shape)) for _ in range(3))
@@ -71,7 +73,7 @@ class RelativeAttention(nn.Module):
         return k, v, self.by_head(self.r_proj(scene.distance_PD)).transpose(0, 1)
 
     def by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     def forward(
         self,
@@ -109,7 +111,7 @@ def shifted(x_BHTP: Tensor, keys: int) -> Tensor:
     Dropping the first T numbers and reading rows that are one shorter moves row i to the left by T - i places.
     """
     B, H, T, P = x_BHTP.shape
-    return x_BHTP.flatten(2)[..., T:].unflatten(2, (T, P - 1))[..., :keys]
+    return x_BHTP.flatten(2)[..., T:].view(B, H, T, P - 1)[..., :keys]
 
 
 class TwoStreamBlock(nn.Module):
@@ -122,7 +124,9 @@ class TwoStreamBlock(nn.Module):
         self.mlp = MLP(hidden_size, layer.mlp)
         self.mlp_norm = make_norm(hidden_size, layer.norm)
 
-    def forward(self, h_BTD: Tensor, g_BKD: Tensor | None, mems_BMD: Tensor, scene: Scene) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, h_BTD: Tensor, g_BKD: Tensor | None, mems_BMD: Tensor, scene: Scene
+    ) -> tuple[Tensor, Tensor | None]:
         keys = self.self_attn.keys(torch.cat([mems_BMD, h_BTD], 1), scene)
         if g_BKD is not None:
             g_BKD = self._after(g_BKD, self.self_attn(g_BKD, keys, scene, scene.hidden_g_BTS, scene.targets_BKT))
@@ -172,7 +176,8 @@ class TwoStream(nn.Module):
 
     def classify(self, hidden_BTD: Tensor) -> Tensor:
         """(B, labels) in fp32, from the last token: texts of a batch are padded on the left."""
-        assert self.summary is not None and self.classifier is not None, "this checkpoint has no classifier"
+        assert self.summary is not None, "this checkpoint has no classifier"
+        assert self.classifier is not None
         logits: Tensor = self.classifier(torch.tanh(self.summary(hidden_BTD[:, -1]))).float()
         return logits
 

@@ -28,7 +28,9 @@ def read_t5(fields: Fields, *, projection: str = "relu", scaled: bool | None = N
     buckets = fields.count("relative_attention_num_buckets", 32)
     max_distance = fields.count("relative_attention_max_distance", 128)
     if buckets < 4 or max_distance <= buckets // 2:
-        fields.faults.append(f"{buckets} buckets can't tell distances up to {max_distance} apart (4 or more, under twice that)")
+        fields.faults.append(
+            f"{buckets} buckets can't tell distances up to {max_distance} apart (4 or more, under twice that)"
+        )
     tied = fields.flag("tie_word_embeddings", True)
     scaled = fields.flag("scale_decoder_outputs", tied) if scaled is None else scaled
     return EncoderDecoderConfig(
