@@ -130,11 +130,11 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     """Talk to a model in the terminal."""
     from ownlm import recipe
     from ownlm.generate.chat import chat as talk
-    from ownlm.generate.model import load
+    from ownlm.generate.model import load_decoder
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load(args.ref, workspace=_workspace()), sampling=sampling)
+    talk(load_decoder(args.ref, workspace=_workspace()), sampling=sampling)
 
 
 def serve(args: Arguments, reporter: Reporter) -> None:

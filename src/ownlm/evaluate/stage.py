@@ -14,7 +14,7 @@ from ownlm.evaluate import page, report
 from ownlm.evaluate.harness import Result, Settings, measure
 from ownlm.evaluate.plots import Curve
 from ownlm.evaluate.tasks import make_tasks
-from ownlm.generate.model import load
+from ownlm.generate.model import load_decoder
 from ownlm.lineage import lineage
 from ownlm.recipe import validate
 from ownlm.records import Score, from_json, to_json, write_jsonl
@@ -78,7 +78,7 @@ def evaluate(recipe: EvaluateRecipe, workspace: Workspace, reporter: Reporter) -
     tasks = make_tasks(documents, recipe.tasks, [file.path for file in recipe.files])
     if not tasks:
         raise UserError("there is nothing to evaluate on.", where=documents.ref, cure="Name `files` of questions.")
-    model = load(checkpoint.path, workspace=workspace)
+    model = load_decoder(checkpoint.path, workspace=workspace)
     settings = Settings(
         limit=recipe.limit, max_bytes=recipe.max_bytes, max_tokens=recipe.max_tokens, batch_tokens=recipe.batch_tokens,
         seed=recipe.seed,

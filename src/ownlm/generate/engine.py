@@ -256,24 +256,30 @@ class Engine:
         if not sequence.limit:
             self._release(sequence)
             return Event(sequence.request, sequence.index, None, 0, "", "length", prompt)
-        sequence.tokens.append(token.id)
-        start, ended = sequence.characters, token.id in sequence.stop_ids
-        full = len(sequence.tokens) == sequence.limit
-        piece = "" if ended else sequence.decode.push(token.id)
-        if ended or full:
-            piece += sequence.decode.finish()
-        sequence.characters += len(piece)
-        text = sequence.stop_text.push(piece)
-        finish: FinishReason | None = None
-        if sequence.stop_text.stopped:
-            finish = "stop"
-        elif ended or full:
-            text += sequence.stop_text.flush()
-            finish = "stop" if ended else "length"
-        if finish:
+        event = advance(sequence, token, prompt)
+        if event.finish_reason:
             self._release(sequence)
-        return Event(sequence.request, sequence.index, token, start, text, finish, prompt)
+        return event
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         heapq.heappush(self.free, sequence.slot)
+
+
+def advance(sequence: Sequence, token: Token, prompt: tuple[Token, ...] = ()) -> Event:
+    """What the next token of an answer does to it: the text it shows, and whether it is the last."""
+    sequence.tokens.append(token.id)
+    start, ended = sequence.characters, token.id in sequence.stop_ids
+    full = len(sequence.tokens) == sequence.limit
+    piece = "" if ended else sequence.decode.push(token.id)
+    if ended or full:
+        piece += sequence.decode.finish()
+    sequence.characters += len(piece)
+    text = sequence.stop_text.push(piece)
+    finish: FinishReason | None = None
+    if sequence.stop_text.stopped:
+        finish = "stop"
+    elif ended or full:
+        text += sequence.stop_text.flush()
+        finish = "stop" if ended else "length"
+    return Event(sequence.request, sequence.index, token, start, text, finish, prompt)

@@ -14,7 +14,6 @@ import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, cast, overload
 
@@ -24,13 +23,16 @@ from torch import Tensor
 from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
 from ownlm.models.weights import load_model
-from ownlm.records import Completion, FinishReason, Message
+from ownlm.records import Completion, Message
 from ownlm.tokens.codec import Tokenizer
 
 Chat: TypeAlias = Sequence[Message | Mapping[str, str]]
@@ -43,11 +45,12 @@ FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding inc
 
 def load(
     ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
-) -> "Model":
-    """The model `name`, `name@version`, at a path, or in a Hugging Face directory, ready to generate.
+) -> "Model | Seq2Seq":
+    """The model `name`, `name@version`, at a path, or in a Hugging Face directory, ready to generate: a `Model`, or for an
+    encoder-decoder a `Seq2Seq`.
 
     dtype   of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
-    Raises NotFound, or ArtifactError when a file is damaged or missing.
+    Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a model that can't write.
     """
     workspace = workspace or Workspace(machine.home())
     where = machine.torch_device(device)
@@ -57,8 +60,26 @@ def load(
     else:
         artifact = workspace.open(ref, kind="checkpoint")
         path, name, full_ref, digest = artifact.path, artifact.name, artifact.ref, artifact.digest
-    decoder = load_model(path, dtype=dtype or torch.float32, device=where)
-    return Model(decoder, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
+    module = load_model(path, dtype=dtype or torch.float32, device=where)
+    if isinstance(module, EncoderDecoder):
+        return Seq2Seq(module, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
+    if not isinstance(module, Decoder | Encoder):
+        raise UserError(f"a model of type {module.hf['model_type']} doesn't write text.", where=str(ref))
+    return Model(module, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
+
+
+def load_decoder(
+    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> "Model":
+    """`load` where only a decoder will do. Raises UserError for any other."""
+    model = load(ref, workspace=workspace, device=device, dtype=dtype)
+    if not isinstance(model, Model):
+        raise UserError(
+            "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
+            where=str(ref),
+            cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
+        )
+    return model
 
 
 class Model:
@@ -282,54 +303,6 @@ class Model:
             return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
         positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
-
-
-class Answer:
-    """Gathers the events of one answer into a Completion."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason: FinishReason = "length"
-
-    def add(self, event: Event) -> None:
-        self.text.append(event.text)
-        if event.token is not None:
-            assert event.token.logprob is not None
-            self.tokens.append(event.token.id)
-            self.logprobs.append(event.token.logprob)
-        self.finish_reason = event.finish_reason or self.finish_reason
-
-    def completion(self, prompt_tokens: int) -> Completion:
-        return Completion(
-            text="".join(self.text),
-            tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.finish_reason,
-            prompt_tokens=prompt_tokens,
-        )
-
-
-def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
-    """`sampling` with `fields` changed; `stop` may be one string. Raises UserError that names an unknown keyword."""
-    unknown = sorted(set(fields) - set(Sampling.__slots__))
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(Sampling.__slots__)}.")
-    changes = dict(fields)
-    if "stop" in changes:
-        stop = changes["stop"] or ()
-        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    return replace(sampling or Sampling(), **changes)
-
-
-def plain(sampling: Sampling) -> Sampling:
-    """The same, if a Completion can hold all that it asks for. Raises UserError."""
-    if sampling.n != 1:
-        raise UserError("there is one answer per prompt here.", where="n", cure="Use `Model.answers` for more.")
-    if sampling.echo or sampling.logprobs:
-        raise UserError("a Completion holds neither.", where="echo, logprobs", cure="Use `Model.events`.")
-    return sampling
 
 
 def as_message(message: Message | Mapping[str, str]) -> Message:

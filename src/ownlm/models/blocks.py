@@ -5,7 +5,7 @@ Parameters carry Llama's Hugging Face names. Everything computes in the dtype of
 fp32 inside.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,16 @@ from ownlm.models.specs import Activation, Experts, FeedForward, Layer, Norm, Ro
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache."""
+    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache;
+    scores added by position, and for layers that read another stack's output its keys and values, layer by layer."""
 
     rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
     visibility: Mapping[int | None, Visibility]
     cache: KVCache | None = None
     address: Address | None = None
+    bias_BHTS: Tensor | None = None
+    source: Sequence[tuple[Tensor, Tensor]] = ()
+    source_visibility: Visibility | None = None
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -111,10 +115,46 @@ class SelfAttention(nn.Module):
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
         visibility = step.visibility[self.spec.window]
         y_BTHd = attend(
-            q.transpose(1, 2), keys, values, visibility, self.scale, softcap=self.spec.softcap, sinks_H=self.sinks
+            q.transpose(1, 2),
+            keys,
+            values,
+            visibility,
+            self.scale,
+            softcap=self.spec.softcap,
+            sinks_H=self.sinks,
+            bias_BHTS=step.bias_BHTS,
         )
         out: Tensor = self.o_proj(y_BTHd.flatten(2))
         return out
+
+
+class CrossAttention(nn.Module):
+    """Attention over what another stack has read (arXiv:1706.03762, 3.2.3), without positions."""
+
+    def __init__(self, hidden_size: int, layer: Layer, index: int) -> None:
+        super().__init__()
+        a = layer.attention
+        self.spec, self.index = a, index
+        self.scale = a.head_dim**-0.5 if a.scale is None else a.scale
+        self.q_proj = nn.Linear(hidden_size, a.num_heads * a.head_dim, bias=a.bias)
+        self.k_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
+        self.v_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
+        self.o_proj = nn.Linear(a.num_heads * a.head_dim, hidden_size, bias=a.output_bias)
+
+    def read(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, K, S, d) of a source, the same for every query."""
+        k, v = project(memory_BSD, self.k_proj, self.v_proj)
+        return self._by_head(k), self._by_head(v)
+
+    def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
+        assert step.source_visibility is not None
+        q_BHTd = self._by_head(self.q_proj(x_BTD))
+        y_BTHd = attend(q_BHTd, *step.source[self.index], step.source_visibility, self.scale)
+        out: Tensor = self.o_proj(y_BTHd.flatten(2))
+        return out
+
+    def _by_head(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.view(*x_BTD.shape[:2], -1, self.spec.head_dim).transpose(1, 2)
 
 
 def gated(gate: Tensor, up: Tensor, spec: FeedForward) -> Tensor:
@@ -197,9 +237,10 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One `Layer` over hidden states; `index` is its place in the cache."""
+    """One `Layer` over hidden states; `index` is its place in the cache. With `cross` it reads another stack's output between
+    attention and feed-forward (sequential layers with their norms before)."""
 
-    def __init__(self, hidden_size: int, layer: Layer, index: int) -> None:
+    def __init__(self, hidden_size: int, layer: Layer, index: int, *, cross: bool = False) -> None:
         super().__init__()
         self.layer = layer
         before, after = layer.norms in ("before", "around"), layer.norms in ("after", "around")
@@ -210,6 +251,8 @@ class Block(nn.Module):
         self.input_layernorm = norm(before)
         self.self_attn = SelfAttention(hidden_size, layer, index)
         self.attention_norm = norm(after)
+        self.cross_layernorm = norm(cross)
+        self.cross_attn = CrossAttention(hidden_size, layer, index) if cross else None
         # Llama's name for the norm before the feed-forward.
         self.post_attention_layernorm = norm(before and layer.residual != "shared")
         experts = layer.mlp.experts
@@ -224,6 +267,8 @@ class Block(nn.Module):
         y_BTD = _normed(self.attention_norm, self.self_attn(h_BTD, step))
         if self.layer.residual == "sequential":
             x_BTD = x_BTD + y_BTD
+            if self.cross_attn is not None:
+                x_BTD = x_BTD + self.cross_attn(_normed(self.cross_layernorm, x_BTD), step)
             y_BTD = _normed(self.post_attention_layernorm, x_BTD)
             return x_BTD + _normed(self.mlp_norm, self.mlp(y_BTD))
         if self.layer.residual == "parallel":

@@ -18,6 +18,7 @@ from ownlm.models.attention import Visibility, causal, masked
 
 if TYPE_CHECKING:
     from ownlm.models.decoder import DecoderConfig
+    from ownlm.models.encoder_decoder import EncoderDecoderConfig
 
 
 class KVCache:
@@ -29,7 +30,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: DecoderConfig | EncoderDecoderConfig,
         *,
         slots: int,
         max_tokens: int,
@@ -68,6 +69,11 @@ class KVCache:
         keys.transpose(1, 2).index_put_(at, k_BTKd)
         values.transpose(1, 2).index_put_(at, v_BTKd)
         return keys[address.read][:, :, : address.length], values[address.read][:, :, : address.length]
+
+    def reorder(self, slots_B: Tensor, length: int) -> None:
+        """Slot b becomes a copy of what slot slots_B[b] was, as far as its first `length` positions (beam search)."""
+        for whole_LNKSd in (self.keys_LNKSd, self.values_LNKSd):
+            whole_LNKSd[:, : len(slots_B), :, :length] = whole_LNKSd[:, slots_B, :, :length]
 
 
 @dataclass(frozen=True, slots=True)

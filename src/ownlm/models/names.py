@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed"]
+Layout = Literal[
+    "same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in"
+]
 BY_ROW: tuple[Layout, ...] = ("same", "gate_up_pairs", "experts_transposed")  # row n of the file is row n of ours
 PIECE_BYTES = 4_000_000  # copied at a time
 Part = tuple[str, int | None]  # our name, and the expert of it
@@ -154,6 +156,24 @@ def _experts(x: Tensor, count: int) -> Tensor:
     return x.transpose(1, 2) if x.ndim == 3 else x
 
 
+def _heads_out(x: Tensor, heads: int) -> Tensor:
+    """(H d, D) -> (D, H, d): the projection into heads as XLNet multiplies it."""
+    return x.T.reshape(x.shape[1], heads, -1)
+
+
+def _from_heads_out(x: Tensor, heads: int) -> Tensor:
+    return x.flatten(1).T
+
+
+def _heads_in(x: Tensor, heads: int) -> Tensor:
+    """(D, H d) -> (D, H, d): the projection out of heads."""
+    return x.reshape(len(x), heads, -1)
+
+
+def _from_heads_in(x: Tensor, heads: int) -> Tensor:
+    return x.flatten(1)
+
+
 def _same(x: Tensor, count: int) -> Tensor:
     return x
 
@@ -166,6 +186,8 @@ LAYOUTS: dict[Layout, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, i
     "flat": (_image, _from_image),
     "gate_up_pairs": (_gate_up_pairs, _from_gate_up_pairs),
     "experts_transposed": (_experts, _experts),
+    "heads_out": (_heads_out, _from_heads_out),
+    "heads_in": (_heads_in, _from_heads_in),
 }  # (ours -> stored, stored -> ours)
 
 

@@ -116,7 +116,8 @@ def save_model(
     given = {key: value for key, value in special.items() if value is not None}
     kept = {key: value for key, value in hf.items() if key != "torch_dtype"}
     write_json(root / "config.json", special | kept | given | {"dtype": str(target).removeprefix("torch.")})
-    write_json(root / "generation_config.json", given)
+    starts = {key: kept[key] for key in ("decoder_start_token_id",) if kept.get(key) is not None}
+    write_json(root / "generation_config.json", starts | given)
     if (pooling := getattr(model, "pooling", None)) is not None:  # models of images have none
         write_pooling(pooling, root, model.config.hidden_size)
 

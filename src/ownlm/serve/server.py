@@ -13,7 +13,7 @@ from ownlm import device
 from ownlm.artifact import Workspace
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model, load_decoder
 from ownlm.report import Reporter
 from ownlm.serve.app import MAX_WAITING, SLOTS, create_app
 from ownlm.serve.guard import MAX_HEADER_BYTES, Keys
@@ -51,7 +51,7 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home())
-        model = ref if isinstance(ref, Model) else load(ref, workspace=workspace)
+        model = ref if isinstance(ref, Model) else load_decoder(ref, workspace=workspace)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,

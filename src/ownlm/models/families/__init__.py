@@ -16,12 +16,15 @@ from pydantic import TypeAdapter, ValidationError
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import decoders as d
 from ownlm.models.families import encoders as e
+from ownlm.models.families import seq2seq as s
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
 from ownlm.models.names import Table
 from ownlm.models.specs import Layer, Rotary
+from ownlm.models.two_stream import TwoStream
 
 __all__ = ["FAMILIES", "Family", "family_of", "from_hf", "to_hf"]
 
@@ -164,6 +167,10 @@ def _roberta(name: str) -> Family:
     return _encoder(name, e.read_roberta, e.roberta_names, prefix="roberta.", head="lm_head.decoder")
 
 
+def _t5(name: str, read: Any) -> Family:
+    return Family(architecture=name, read=read, build=EncoderDecoder, names=s.t5_names, copies=s.T5_COPIES)
+
+
 WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
 MASKS = r".*attn(\.attention)?\.(bias|masked_bias)|.*attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 
@@ -190,6 +197,16 @@ FAMILIES: dict[str, Family] = {
     "camembert": _roberta("CamembertForMaskedLM"),
     "distilbert": _encoder(
         "DistilBertForMaskedLM", e.read_distilbert, e.distilbert_names, prefix="distilbert.", head="vocab_projector"
+    ),
+    "t5": _t5("T5ForConditionalGeneration", s.read_t5),
+    "mt5": _t5("MT5ForConditionalGeneration", s.read_mt5),
+    "xlnet": Family(
+        architecture="XLNetLMHeadModel",
+        read=s.read_xlnet,
+        build=TwoStream,
+        names=s.xlnet_names,
+        prefix="transformer.",
+        copies=s.XLNET_COPIES,
     ),
     "ownlm": _decoder("Decoder", read_own, own_names),
 }

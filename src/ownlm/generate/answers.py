@@ -1,0 +1,58 @@
+"""From settings to a Completion: what every kind of model that writes shares."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ownlm.errors import UserError
+from ownlm.generate.engine import Event
+from ownlm.generate.sampling import Sampling
+from ownlm.records import Completion, FinishReason
+
+
+class Answer:
+    """Gathers the events of one answer into a Completion."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: FinishReason = "length"
+
+    def add(self, event: Event) -> None:
+        self.text.append(event.text)
+        if event.token is not None:
+            assert event.token.logprob is not None
+            self.tokens.append(event.token.id)
+            self.logprobs.append(event.token.logprob)
+        self.finish_reason = event.finish_reason or self.finish_reason
+
+    def completion(self, prompt_tokens: int) -> Completion:
+        return Completion(
+            text="".join(self.text),
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            prompt_tokens=prompt_tokens,
+        )
+
+
+def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
+    """`sampling` with `fields` changed; `stop` may be one string. Raises UserError that names an unknown keyword."""
+    unknown = sorted(set(fields) - set(Sampling.__slots__))
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(Sampling.__slots__)}.")
+    changes = dict(fields)
+    if "stop" in changes:
+        stop = changes["stop"] or ()
+        changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return replace(sampling or Sampling(), **changes)
+
+
+def plain(sampling: Sampling) -> Sampling:
+    """The same, if a Completion can hold all that it asks for. Raises UserError."""
+    if sampling.n != 1:
+        raise UserError("there is one answer per prompt here.", where="n", cure="Use `Model.answers` for more.")
+    if sampling.echo or sampling.logprobs:
+        raise UserError("a Completion holds neither.", where="echo, logprobs", cure="Use `Model.events`.")
+    return sampling
