@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 Layout = Literal[
-    "same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in"
-]
+    "same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in",
+    "leading", "scalar",
+]  # fmt: skip
 BY_ROW: tuple[Layout, ...] = ("same", "gate_up_pairs", "experts_transposed")  # row n of the file is row n of ours
 PIECE_BYTES = 4_000_000  # copied at a time
 Part = tuple[str, int | None]  # our name, and the expert of it
@@ -25,7 +26,7 @@ Part = tuple[str, int | None]  # our name, and the expert of it
 @dataclass(frozen=True, slots=True)
 class To:
     """The right side of a table's row, where it is more than a name: how ours, joined along dimension 0, are laid out.
-    `count` is a number the layout needs (heads, or the patch size)."""
+    `count` is a number the layout needs (heads, the patch size, or dimensions)."""
 
     name: str
     layout: Layout = "same"
@@ -104,6 +105,16 @@ def stored_tensors(table: Table, parameters: Mapping[str, Tensor]) -> list[Store
     return stored
 
 
+def nested(table: Table, ours: str, stored: str) -> Table:
+    """The table of a model that is a part of another one, whose names begin with `ours` and, in files, with `stored`."""
+    rows: dict[str | tuple[str, ...], str | To] = {}
+    for key, value in table.items():
+        inner = To(value) if isinstance(value, str) else value
+        keys = f"{ours}{key}" if isinstance(key, str) else tuple(f"{ours}{one}" for one in key)
+        rows[keys] = To(stored + inner.name, inner.layout, inner.count)
+    return rows
+
+
 def _part(ours: Mapping[str, Tensor], part: Part) -> Tensor:
     name, expert = part
     tensor = ours[name].detach()
@@ -174,6 +185,24 @@ def _from_heads_in(x: Tensor, heads: int) -> Tensor:
     return x.flatten(1)
 
 
+def _leading(x: Tensor, count: int) -> Tensor:
+    """`count` dimensions of 1 before the others."""
+    return x.reshape(*[1] * count, *x.shape)
+
+
+def _from_leading(x: Tensor, count: int) -> Tensor:
+    return x.reshape(x.shape[count:])
+
+
+def _scalar(x: Tensor, count: int) -> Tensor:
+    """(1,) -> ()."""
+    return x.reshape(())
+
+
+def _from_scalar(x: Tensor, count: int) -> Tensor:
+    return x.reshape(1)
+
+
 def _same(x: Tensor, count: int) -> Tensor:
     return x
 
@@ -188,6 +217,8 @@ LAYOUTS: dict[Layout, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, i
     "experts_transposed": (_experts, _experts),
     "heads_out": (_heads_out, _from_heads_out),
     "heads_in": (_heads_in, _from_heads_in),
+    "leading": (_leading, _from_leading),
+    "scalar": (_scalar, _from_scalar),
 }  # (ours -> stored, stored -> ours)
 
 

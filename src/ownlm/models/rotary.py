@@ -59,7 +59,16 @@ def is_long(rotary: Rotary, tokens: int) -> bool:
 
 def rotation(freq: Tensor, positions: Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin for `rotate`, each (…, 1, d); angles are formed in fp32 whatever the dtype."""
-    angle = positions[..., None].float() * freq
+    return _turn(positions[..., None].float() * freq, dtype, factor)
+
+
+def plane_rotation(freq: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`rotation` by the place in an image: the 1st, 3rd, … frequencies turn by the row, the others by the column (Pixtral)."""
+    angle = torch.cat([rows[..., None].float() * freq[::2], columns[..., None].float() * freq[1::2]], -1)
+    return _turn(angle, dtype, 1.0)
+
+
+def _turn(angle: Tensor, dtype: torch.dtype, factor: float) -> tuple[Tensor, Tensor]:
     cos, sin = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
     return torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)
 

@@ -15,16 +15,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig
+from ownlm.models.dual import DualTower, TextTower
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import decoders as d
 from ownlm.models.families import encoders as e
 from ownlm.models.families import seq2seq as s
+from ownlm.models.families import vision as v
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
 from ownlm.models.names import Table
 from ownlm.models.specs import Layer, Rotary
 from ownlm.models.two_stream import TwoStream
+from ownlm.models.vision import VisionTower
+from ownlm.models.vision_language import VisionLanguage
 
 __all__ = ["FAMILIES", "Family", "family_of", "from_hf", "to_hf"]
 
@@ -105,6 +109,9 @@ def _contradictions(config: Any) -> list[str]:
             faults.append(f"{a.num_heads} attention heads can't share {a.num_kv_heads} key/value heads")
         if isinstance(layer.rotary, Rotary) and int(a.head_dim * layer.rotary.fraction) % 2:
             faults.append(f"of head_dim {a.head_dim} an odd number turns, and rotary positions turn pairs")
+    for part in ("text", "vision", "decoder"):
+        if (inner := getattr(config, part, None)) is not None:
+            faults += _contradictions(inner)
     return faults
 
 
@@ -171,6 +178,19 @@ def _t5(name: str, read: Any) -> Family:
     return Family(architecture=name, read=read, build=EncoderDecoder, names=s.t5_names, copies=s.T5_COPIES)
 
 
+def _seeing(name: str, read: Any, build: Any, names: Any, prefix: str = "", spellings: Any = ()) -> Family:
+    derived = r".*\.position_ids"
+    return Family(
+        architecture=name,
+        read=read,
+        build=build,
+        names=names,
+        prefix=prefix,
+        derived=derived,
+        spellings=spellings,
+    )
+
+
 WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
 MASKS = r".*attn(\.attention)?\.(bias|masked_bias)|.*attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 
@@ -207,6 +227,19 @@ FAMILIES: dict[str, Family] = {
         names=s.xlnet_names,
         prefix="transformer.",
         copies=s.XLNET_COPIES,
+    ),
+    "vit": _seeing("ViTForImageClassification", v.read_vit, VisionTower, v.vit_names, "vit."),
+    "clip": _seeing("CLIPModel", v.read_clip, DualTower, v.clip_names),
+    "clip_text_model": _seeing("CLIPTextModel", v.read_clip_text, TextTower, v.clip_text_names, "text_model."),
+    "clip_vision_model": _seeing(
+        "CLIPVisionModel", v.read_clip_vision, VisionTower, v.clip_vision_names, "vision_model."
+    ),
+    "pixtral": _seeing("PixtralVisionModel", v.read_pixtral, VisionTower, v.pixtral_names),
+    "llava": _seeing(
+        "LlavaForConditionalGeneration", v.read_llava, VisionLanguage, v.vision_language_names, "", v.SPELLINGS
+    ),
+    "mistral3": _seeing(
+        "Mistral3ForConditionalGeneration", v.read_mistral3, VisionLanguage, v.vision_language_names, "", v.SPELLINGS
     ),
     "ownlm": _decoder("Decoder", read_own, own_names),
 }
