@@ -38,7 +38,8 @@ def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, devic
         model: Any = family.build(config, hf)
     ours = dict(model.named_parameters())
     names = Names(family, stored_tensors(family.names(config), ours), held)
-    _match(names, ours, files, root)
+    tied = hasattr(model, "head_weight") and not any(name.endswith("lm_head.weight") for name in ours)
+    _match(names, ours, files, root, tied=tied)
     stored = next(entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name))
     model = model.to(dtype or stored).to_empty(device=device)
     ours = dict(model.named_parameters())
@@ -162,8 +163,10 @@ def _files(root: Path) -> dict[Path, dict[str, Entry]]:
     return files
 
 
-def _match(names: Names, ours: Mapping[str, Tensor], files: Mapping[Path, Mapping[str, Entry]], root: Path) -> None:
-    """ArtifactError names the missing, unexpected and misshapen tensors."""
+def _match(
+    names: Names, ours: Mapping[str, Tensor], files: Mapping[Path, Mapping[str, Entry]], root: Path, *, tied: bool
+) -> None:
+    """ArtifactError names the missing, unexpected and misshapen tensors; a `tied` head may be stored a second time."""
     held = {names.spelling[name]: entry for entries in files.values() for name, entry in entries.items()}
     faults = [f"tensor {name} is missing" for name in names.table if name not in held]
     faults += [
