@@ -108,12 +108,12 @@ def stage(args: Arguments, reporter: Reporter) -> None:
 def generate(args: Arguments, reporter: Reporter) -> None:
     """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
     from ownlm import recipe
-    from ownlm.generate.model import load
+    from ownlm.generate.model import load_writer
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load(args.ref, workspace=_workspace())
+    model = load_writer(args.ref, workspace=_workspace())
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict

@@ -66,6 +66,7 @@ class Sequence:
     generator: torch.Generator
     decode: DecodeStream
     stop_text: StopText
+    embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
     slot: int = -1
     cached: int = 0  # tokens whose keys and values are in the cache
     tokens: list[int] = field(default_factory=list)
@@ -116,9 +117,13 @@ class Engine:
         self.free = list(range(slots))  # a heap: the lowest slot first, so that running slots stay neighbours
         self.ids = itertools.count()
 
-    def add(self, prompt: SequenceOf[int], sampling: Sampling) -> int:
-        """The id of a new request. Raises ContextTooLong or UserError, before anything runs."""
+    def add(self, prompt: SequenceOf[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> int:
+        """The id of a new request. Raises ContextTooLong or UserError, before anything runs.
+
+        embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
+        """
         self.check(prompt, sampling)
+        assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
         room = self.context - len(prompt)
         stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         request = next(self.ids)
@@ -133,6 +138,7 @@ class Engine:
                 generator=sampling.generator(index),
                 decode=self.tokenizer.decode_stream(),
                 stop_text=StopText(sampling.stop),
+                embeds_TD=embeds_TD,
             )
             for index in range(sampling.n)
         )
@@ -214,13 +220,29 @@ class Engine:
             for row, pad in zip(rows, padding, strict=True)
         ]
         slots = [row.sequence.slot for row in rows]
+        tokens_BT = torch.tensor(tokens, device=self.device)
         hidden_BTD = self.model(
-            torch.tensor(tokens, device=self.device),
+            tokens_BT,
             positions_BT=torch.tensor(positions, device=self.device),
             cache=self.cache,
             slots=torch.tensor(slots, device=self.device),
+            embeds_BTD=self._embeds(rows, tokens_BT),
         )
         return [hidden_BTD[index, : len(row.tokens)] for index, row in enumerate(rows)]
+
+    def _embeds(self, rows: list[Row], tokens_BT: Tensor) -> Tensor | None:
+        """The vectors of these tokens, where some of a prompt's come from images."""
+        given = {
+            index: row.sequence.embeds_TD[row.sequence.cached :][: len(row.tokens)]
+            for index, row in enumerate(rows)
+            if row.phase == "prefill" and row.sequence.embeds_TD is not None
+        }
+        if not given:
+            return None
+        embeds_BTD = self.model.embed(tokens_BT).clone()
+        for index, embeds_TD in given.items():
+            embeds_BTD[index, : len(embeds_TD)] = embeds_TD
+        return embeds_BTD
 
     def _commit(self, rows: list[Row], hidden: list[Tensor]) -> list[Event]:
         """Sample for the rows whose prompt is read, and tell what became of each."""

@@ -5,7 +5,7 @@
 
 A prompt is a `str`, continued as raw text, or a list of messages, answered as a chat through the checkpoint's own template.
 Encoders (BERT) and models with another head than the vocabulary's read texts and write none: of those above, they have `hidden`
-and `embed`, and `logits` where there is a masked-LM head.
+and `embed`, and `logits` where there is a masked-LM head. What doesn't go from text to text comes as an object of its own (OPENERS).
 
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
@@ -13,7 +13,7 @@ Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 import math
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard, cast, overload
 
@@ -27,16 +27,22 @@ from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
+from ownlm.generate.sight import Reading, Sight
+from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.models.decoder import Decoder
+from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
+from ownlm.models.vision import VisionTower
+from ownlm.models.vision_language import VisionLanguage
 from ownlm.models.weights import load_model
 from ownlm.records import Completion, Message
 from ownlm.tokens.codec import Tokenizer
 
-Chat: TypeAlias = Sequence[Message | Mapping[str, str]]
+Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
 Prompt: TypeAlias = str | Chat
+Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
@@ -45,12 +51,12 @@ FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding inc
 
 def load(
     ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
-) -> "Model | Seq2Seq":
-    """The model `name`, `name@version`, at a path, or in a Hugging Face directory, ready to generate: a `Model`, or for an
-    encoder-decoder a `Seq2Seq`.
+) -> Loaded:
+    """The model `name`, `name@version`, at a path, or in a Hugging Face directory: a `Model`, ready to generate; for an
+    encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`.
 
     dtype   of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
-    Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a model that can't write.
+    Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
     workspace = workspace or Workspace(machine.home())
     where = machine.torch_device(device)
@@ -61,18 +67,27 @@ def load(
         artifact = workspace.open(ref, kind="checkpoint")
         path, name, full_ref, digest = artifact.path, artifact.name, artifact.ref, artifact.digest
     module = load_model(path, dtype=dtype or torch.float32, device=where)
-    if isinstance(module, EncoderDecoder):
-        return Seq2Seq(module, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
-    if not isinstance(module, Decoder | Encoder):
-        raise UserError(f"a model of type {module.hf['model_type']} doesn't write text.", where=str(ref))
-    return Model(module, Tokenizer.load(path), name=name, ref=full_ref, digest=digest)
+    if type(module) not in OPENERS:
+        raise UserError(f"a {type(module).__name__} does nothing by itself.", where=str(ref))
+    model: Loaded = OPENERS[type(module)](module, path, name=name, ref=full_ref, digest=digest)
+    return model
+
+
+def load_writer(
+    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+) -> "Model | Seq2Seq":
+    """`load` where only a model of texts will do. Raises UserError for any other."""
+    model = load(ref, workspace=workspace, device=device, dtype=dtype)
+    if not isinstance(model, Model | Seq2Seq):
+        raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
+    return model
 
 
 def load_decoder(
     ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
 ) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load(ref, workspace=workspace, device=device, dtype=dtype)
+    model = load_writer(ref, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
@@ -94,8 +109,10 @@ class Model:
         ref: str = "",
         digest: str = "",
         slots: int = SLOTS,
+        sight: Sight | None = None,
     ) -> None:
-        self.decoder, self.tokenizer = decoder.eval(), tokenizer
+        """`sight` reads the images of a chat."""
+        self.decoder, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots = slots
@@ -110,7 +127,8 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.decoder.parameters())
+        whole = self.decoder if self.sight is None else self.sight.model
+        return sum(parameter.numel() for parameter in whole.parameters())
 
     def writer(self) -> Decoder:
         """The decoder. Raises UserError where this model can only read."""
@@ -134,13 +152,20 @@ class Model:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""
+        return self.read(prompt).ids
+
+    def read(self, prompt: Prompt) -> Reading:
+        """The tokens a prompt becomes, and what stands in for their embedding where there are images."""
         if isinstance(prompt, str):
             if isinstance(self.decoder, Encoder):
-                return self.tokenizer.document(prompt)
+                return Reading(self.tokenizer.document(prompt))
             # A document without its end token; a text of nothing stands where a new document begins.
-            return self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id]
+            return Reading(self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id])
         self.writer()
-        return self.tokenizer.chat([as_message(message) for message in prompt], add_generation_prompt=True)[0]
+        if self.sight is not None:
+            return self.sight.read(prompt, self.tokenizer)
+        messages = [as_message(message) for message in prompt]
+        return Reading(self.tokenizer.chat(messages, add_generation_prompt=True)[0])
 
     @overload
     def generate(self, prompt: str | Chat, sampling: Sampling | None = None, **fields: Any) -> Completion: ...
@@ -157,19 +182,25 @@ class Model:
         Raises ContextTooLong, with the counts, before anything is generated.
         """
         settings = plain(as_sampling(sampling, fields))
-        if is_one(prompt):
-            return self.answers([self.prompt_ids(prompt)], settings)[0][0]
-        prompts = [self.prompt_ids(one) for one in cast(Sequence[Prompt], prompt)]
-        return [answers[0] for answers in self.answers(prompts, settings)]
+        one = is_one(prompt)
+        read = [self.read(each) for each in cast(Sequence[Prompt], [prompt] if one else prompt)]
+        rows = self.answers([each.ids for each in read], settings, [each.embeds_TD for each in read])
+        answers = [row[0] for row in rows]
+        return answers[0] if one else answers
 
-    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Completion]]:
-        """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, embeds: Sequence[Tensor | None] | None = None
+    ) -> list[list[Completion]]:
+        """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches.
+
+        embeds: for each prompt what stands in for the embedding of its tokens, or None.
+        """
         engine = self.engine(min(self.slots, len(prompts) * sampling.n))
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        requests = {engine.add(prompts[index], sampling): index for index in order}
+        requests = {engine.add(prompts[index], sampling, embeds[index] if embeds else None): index for index in order}
         results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
@@ -180,15 +211,18 @@ class Model:
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
         """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
-        for event in self.events(self.prompt_ids(prompt), plain(as_sampling(sampling, fields))):
+        read = self.read(prompt)
+        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD):
             if event.text:
                 yield event.text
 
-    def events(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Event]:
+    def events(
+        self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None
+    ) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
             engine = self._engine = self._engine or self.engine(min(self.slots, 8))
-            request = engine.add(prompt, sampling)
+            request = engine.add(prompt, sampling, embeds_TD)
             queue = self._events[request] = deque()
         open_answers = sampling.n
         try:
@@ -268,7 +302,10 @@ class Model:
         at the end of the prompt belong to the continuation, for tokens begin with their space.
         """
         if not isinstance(prompt, str):
-            return self.prompt_ids(prompt), self.tokenizer.encode(continuation)
+            read = self.read(prompt)
+            if read.embeds_TD is not None:
+                raise UserError("a continuation after images can't be scored.", where="prompt")
+            return read.ids, self.tokenizer.encode(continuation)
         stem = prompt.rstrip(" ")
         ids = self.prompt_ids(stem)
         whole = self.prompt_ids(prompt + continuation)
@@ -305,7 +342,7 @@ class Model:
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
 
 
-def as_message(message: Message | Mapping[str, str]) -> Message:
+def as_message(message: Message | Mapping[str, Any]) -> Message:
     """A Message from itself or from {"role": …, "content": …}. Raises UserError."""
     if isinstance(message, Message):
         return message
@@ -320,3 +357,27 @@ def as_message(message: Message | Mapping[str, str]) -> Message:
 def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
     """True for a single prompt: a text, or a list of messages."""
     return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))
+
+
+def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
+    return Model(module, Tokenizer.load(path), **about)
+
+
+def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
+    return Seq2Seq(module, Tokenizer.load(path), **about)
+
+
+def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:
+    tokenizer = Tokenizer.load(path)
+    return Model(module.language, tokenizer, sight=Sight.load(module, path, tokenizer), **about)
+
+
+# What a loaded model comes as.
+OPENERS: dict[type, Callable[..., Loaded]] = {
+    Decoder: _text,
+    Encoder: _text,
+    EncoderDecoder: _rewriter,
+    VisionLanguage: _seeing,
+    DualTower: ImageText.load,
+    VisionTower: ImageClassifier.load,
+}

@@ -94,14 +94,19 @@ class VisionTower(nn.Module):
         return x_BND
 
     def features(self, images: Tensor, *, interpolate: bool = False) -> Tensor:
-        """One vector for each image, (B, D or head): the class token, normed, pooled, through the head."""
+        """One vector for each image through the head, (B, head); `pooled` where there is none."""
+        x_BD = self.pooled(images, interpolate=interpolate)
+        return x_BD if self.head is None else self.head(x_BD)
+
+    def pooled(self, images: Tensor, *, interpolate: bool = False) -> Tensor:
+        """(B, D): the class token of each image, normed, through the pooler where there is one."""
         (x_BND,) = self.states(images, [-1], interpolate=interpolate)
         x_BD = x_BND[:, 0]
         if self.last_norm is not None:
             x_BD = self.last_norm(x_BD)
         if self.pooler is not None:
             x_BD = self.pooler(x_BD).tanh()
-        return x_BD if self.head is None else self.head(x_BD)
+        return x_BD
 
     def states(
         self, images: Tensor | Sequence[Tensor], wanted: Sequence[int], *, interpolate: bool = False
