@@ -6,7 +6,7 @@
 Shapes: T tokens, D hidden size.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownlm.errors import UserError
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.vision import processor_of
 from ownlm.models.vision_language import VisionLanguage
 from ownlm.models.weights import read_json
@@ -67,7 +67,7 @@ class Sight:
     @torch.inference_mode()
     def read(self, messages: Sequence[Message | Mapping[str, Any]], tokenizer: Tokenizer) -> Reading:
         """The prompt for the assistant's answer. Raises UserError for messages of another shape and images that can't be
-        read."""
+        read, and ContextTooLong."""
         sources: list[Source] = []
         turns = [self._turn(message, sources) for message in messages]
         ids, _ = tokenizer.chat(turns, add_generation_prompt=True)
@@ -76,10 +76,18 @@ class Sight:
             raise UserError(f"the chat template shows {shown} of {len(sources)} images.", where="prompt")
         if not sources:
             return Reading(ids)
-        device = self.model.head_weight.device
-        images = [torch.from_numpy(self.processor(source)).to(device) for source in sources]
-        ids = self.expand(ids, self.model.vision.sizes(images))
-        return Reading(ids, self.model.embed(torch.tensor([ids], device=device), images)[0])
+        device, context = self.model.head_weight.device, self.model.config.text.max_tokens
+        images: list[Tensor] = []
+        left, expanded = iter(sources), []
+        for id in ids:
+            if id == self.model.config.image_token:
+                images.append(torch.from_numpy(self.processor(next(left))).to(device))
+                expanded += self.tokens(*self.model.vision.sizes(images[-1:])[0])
+            else:
+                expanded.append(id)
+            if len(expanded) > context:  # before more images are opened, or any is looked at
+                raise ContextTooLong(len(expanded), 0, context)
+        return Reading(expanded, self.model.embed(torch.tensor([expanded], device=device), images)[0])
 
     def _turn(self, message: Message | Mapping[str, Any], sources: list[Source]) -> dict[str, Any]:
         """The message as the template takes it; its images are added to `sources`."""
@@ -114,18 +122,10 @@ class Sight:
                 )
         return turn | {"content": parts}
 
-    def expand(self, ids: Iterable[int], sizes: Iterable[tuple[int, int]]) -> list[int]:
-        """The ids with as many image tokens for each one as its image has vectors. `sizes` are (rows, columns) of patches."""
-        config, left, out = self.model.config, iter(sizes), []
-        merge = config.merge or 1
-        for id in ids:
-            if id != config.image_token:
-                out.append(id)
-                continue
-            rows, columns = (count // merge for count in next(left))
-            if self.breaks is None:
-                out += [id] * (rows * columns + config.class_token)
-            else:
-                out += ([id] * columns + [self.breaks[0]]) * rows
-                out[-1] = self.breaks[1]
-        return out
+    def tokens(self, rows: int, columns: int) -> list[int]:
+        """What stands in the prompt for an image of so many patches: an image token for each of its vectors."""
+        config = self.model.config
+        rows, columns = rows // (config.merge or 1), columns // (config.merge or 1)
+        if self.breaks is None:
+            return [config.image_token] * (rows * columns + config.class_token)
+        return (([config.image_token] * columns + [self.breaks[0]]) * rows)[:-1] + [self.breaks[1]]

@@ -91,13 +91,13 @@ class VisionLanguage(nn.Module):
 
     def image_features(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """For each image (C, H, W) its vectors (n, D), in the order of reading."""
-        x_BNV = torch.cat(self.vision.states(images, self.config.states), -1)
-        sizes = self.vision.sizes(images)
+        sizes, states = self.vision.sizes(images), self.config.states
         if self.vision.config.rotary is not None:
-            parts = list(torch.split(x_BNV[0], [rows * columns for rows, columns in sizes]))
+            # One by one: they don't see each other, and a mask over all patches of all images would be large.
+            parts = [torch.cat(self.vision.states([image], states), -1)[0] for image in images]
         else:
             first = int(self.vision.config.class_token and not self.config.class_token)
-            parts = list(x_BNV[:, first:])
+            parts = list(torch.cat(self.vision.states(images, states), -1)[:, first:])
         return [self.projector(part, size) for part, size in zip(parts, sizes, strict=True)]
 
     def embed(self, tokens_BT: Tensor, images: Tensor | Sequence[Tensor]) -> Tensor:
