@@ -128,4 +128,5 @@ class Sight:
         rows, columns = rows // (config.merge or 1), columns // (config.merge or 1)
         if self.breaks is None:
             return [config.image_token] * (rows * columns + config.class_token)
-        return (([config.image_token] * columns + [self.breaks[0]]) * rows)[:-1] + [self.breaks[1]]
+        row = [config.image_token] * columns
+        return [*row, *([self.breaks[0], *row] * (rows - 1)), self.breaks[1]]
