@@ -192,7 +192,7 @@ def next_logprobs(model: Model, rows: Sequence[Ids], ids: Ids, batch_tokens: int
         last_BD = torch.stack(
             [hidden_TD[len(rows[index]) - 1] for index, hidden_TD in zip(chosen, hidden_BTD, strict=True)]
         )
-        found_BK[chosen] = model.writer().logits(last_BD).float().log_softmax(-1)[:, list(ids)].double().cpu().numpy()
+        found_BK[chosen] = model.decoder.logits(last_BD).float().log_softmax(-1)[:, list(ids)].double().cpu().numpy()
     return found_BK
 
 
@@ -208,7 +208,7 @@ def _gather(
     rows = max(1, LOGITS // model.tokenizer.vocab_size)
     for start in range(0, len(ids_N), rows):
         ids = ids_N[start : start + rows]
-        logits = model.writer().logits(hidden_ND[start : start + rows]).float()
+        logits = model.decoder.logits(hidden_ND[start : start + rows]).float()
         logprobs.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].double().cpu().numpy())
         greedy.append((logits.argmax(-1) == ids).cpu().numpy())
     return np.concatenate(logprobs), np.concatenate(greedy)
