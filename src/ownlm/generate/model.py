@@ -68,7 +68,8 @@ def load(
         path, name, full_ref, digest = artifact.path, artifact.name, artifact.ref, artifact.digest
     module = load_model(path, dtype=dtype or torch.float32, device=where)
     if type(module) not in OPENERS:
-        raise UserError(f"a {type(module).__name__} does nothing by itself.", where=str(ref))
+        kind = module.hf["model_type"]
+        raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
     model: Loaded = OPENERS[type(module)](module, path, name=name, ref=full_ref, digest=digest)
     return model
 
@@ -216,9 +217,7 @@ class Model:
             if event.text:
                 yield event.text
 
-    def events(
-        self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None
-    ) -> Iterator[Event]:
+    def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
             engine = self._engine = self._engine or self.engine(min(self.slots, 8))
