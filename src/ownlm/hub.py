@@ -1,3 +1,3 @@
 """placeholder"""
 
-BESIDE = ("config.json", "generation_config.json")
+BESIDE = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json")
