@@ -295,6 +295,7 @@ def tensor(*, storage: Any = FLOATS, offset: Any = 0, shape: Any = (2, 3), strid
     return described(storage, offset, shape, stride, False, OrderedDict())
 
 
+MEGABYTE = b"B\x40\x42\x0f\x00" + bytes(10**6) + b"0"
 LAUGHS = (
     b"\x80\x02" + b")" + b"".join(b"q\x00h\x00h\x00\x86" for _ in range(100))
 )  # a tuple of two of a tuple of two of …
