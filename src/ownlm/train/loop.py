@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownlm.artifact import storage, write_atomic
 from ownlm.errors import Interrupted, UserError
 from ownlm.models.decoder import Decoder
 from ownlm.report import Reporter, duration, quantity
+from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import Batch, Batches
 from ownlm.train import checkpoint
 from ownlm.train.objectives import Objective
