@@ -166,7 +166,9 @@ def test_the_small_recipes_run_on_a_folder(tmp_path: Path, name: str) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(40):
-        (texts / f"{number}.txt").write_text("\n".join(f"House {number * k} has {k} goats and no snake." for k in range(40)))
+        (texts / f"{number}.txt").write_text(
+            "\n".join(f"House {number * k} has {k} goats and no snake." for k in range(40))
+        )
     few = [f"documents.source.path={texts}", "pretrain.steps=3", "tokenizer.vocab_size=500", "documents.rules=false"]
     made = run_all(read_recipe(recipe_path(name), few), Workspace(tmp_path / "home"), Reporter.silent())
     assert made["pretrain"].name == f"small-{name.removesuffix('-cpu')}"

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
 from ownlm.models.weights import load_model
 from ownlm.records import Completion, Message
+from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 
 Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
@@ -52,13 +54,13 @@ FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding inc
 def load(
     ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Loaded:
-    """The model `name`, `name@version`, at a path, or in a Hugging Face directory: a `Model`, ready to generate; for an
-    encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`.
+    """The model of a reference: name, name@version, a folder, or hf:owner/name[@revision]. A `Model`, ready to generate; for
+    an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`.
 
     dtype   of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
-    workspace = workspace or Workspace(machine.home())
+    workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
     path = Path(ref)
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():

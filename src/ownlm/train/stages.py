@@ -19,13 +19,14 @@ from typing import Any, Literal
 import torch
 
 from ownlm import device
-from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
+from ownlm.artifact import Artifact, Workspace, fingerprint
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.weights import load_model, save_model
 from ownlm.records import Conversation, read_jsonl
 from ownlm.report import Reporter, duration, quantity
+from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import UNTRAINED, Batches, ConversationRows, DocumentRows, Micro, validation_conversations
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.examples import Made
@@ -146,7 +147,7 @@ def pretrain(
 
     `sample(model, tokenizer)` says something with the model as it is; it is shown now and then.
     """
-    source = workspace.open(recipe.tokenizer)
+    source = workspace.open(recipe.tokenizer, ("tokenizer", "checkpoint"))
     tokens = tokenize(
         TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.tokenizer),
         workspace,
