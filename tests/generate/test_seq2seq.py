@@ -247,12 +247,12 @@ def test_batches() -> None:
 # ── Files and the command line ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_xlnet_does_not_write(tmp_path: Path) -> None:
+def test_xlnet_alone_does_nothing(tmp_path: Path) -> None:
     hf = {"model_type": "xlnet", "vocab_size": 40, "d_model": 16, "n_head": 2, "d_inner": 8, "n_layer": 1}
     made, family = from_hf(hf)
     save_model(family.build(made, hf), tmp_path)
     TOKENIZER.save(tmp_path)
-    with pytest.raises(UserError, match="xlnet doesn't write"):
+    with pytest.raises(UserError, match="does nothing by itself"):
         load(tmp_path)
 
 

@@ -216,9 +216,7 @@ class Model:
             if event.text:
                 yield event.text
 
-    def events(
-        self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None
-    ) -> Iterator[Event]:
+    def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
             engine = self._engine = self._engine or self.engine(min(self.slots, 8))
