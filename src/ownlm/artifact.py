@@ -169,7 +169,7 @@ class Workspace:
         artifact = self._from_hub(source, kinds or ("checkpoint",)) if source else self._read(self._locate(str(ref)))
         if kinds and artifact.kind not in kinds:
             raise ArtifactError(
-                f"a {artifact.kind} artifact, but a {kinds[0]} artifact is needed here.", where=artifact.ref
+                f"a {artifact.kind} artifact, but a {' or '.join(kinds)} artifact is needed here.", where=artifact.ref
             )
         key = (str(artifact.path), artifact.digest)
         if key not in self.verified:

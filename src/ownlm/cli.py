@@ -115,7 +115,7 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, workspace=_workspace(reporter))
+    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -136,7 +136,7 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, workspace=_workspace(reporter)), sampling=sampling)
+    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
 
 
 def convert(args: Arguments, reporter: Reporter) -> None:
@@ -152,6 +152,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
 
     run(
         args.ref,
+        adapter=args.adapter,
         host=args.host,
         port=args.port,
         api_keys=device.api_keys(),
@@ -173,6 +174,10 @@ REF = ("ref", {"metavar": "NAME", "help": "name, name@version, a folder, or hf:o
 OVERRIDE = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "change a value of the recipe, e.g. pretrain.steps=200"},
+)
+ADAPTER = (
+    "--adapter",
+    {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
 )
 SAMPLING = (
     "override",
@@ -212,10 +217,11 @@ COMMANDS: dict[str, Command] = {
             REF,
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
+            ADAPTER,
             SAMPLING,
         ),
     ),
-    "chat": Command(run=chat, arguments=(REF, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
     "convert": Command(
         run=convert,
         arguments=(
@@ -227,6 +233,7 @@ COMMANDS: dict[str, Command] = {
         run=serve,
         arguments=(
             REF,
+            ADAPTER,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
         ),
