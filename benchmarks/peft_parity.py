@@ -34,6 +34,7 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BERT: dict[str, Any] = SIZES | {"num_labels": 97}
 NEOX = {key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "pad_token_id")}
 # name -> (config, options of PEFT's LoraConfig, targets of ours)
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
@@ -56,6 +57,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "gpt_neox, by head": (
         {"model_type": "gpt_neox", **NEOX}, {"target_modules": ["query_key_value", "dense"]}, ("k_proj", "o_proj")
     ),
+    "bert, token classification, head": (
+        {"model_type": "bert", **BERT}, {"target_modules": ["query", "value"], "task_type": "TOKEN_CLS"}, ("q_proj", "up_proj")
+    ),
+    "bert, all layers, head": (
+        {"model_type": "bert", **BERT}, {"target_modules": ["query", "key", "value", "dense"], "task_type": "TOKEN_CLS"}, "all-linear"
+    ),
 }  # fmt: skip
 
 
@@ -64,13 +71,15 @@ def compare(name: str, root: Path) -> list[float]:
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
     from ownlm.models.adapters import LoRA, add_lora, merge
     from ownlm.models.peft import TENSORS, load_adapter, save_adapter
     from ownlm.models.weights import load_model
 
     config, options, targets = SHAPES[name]
+    bert = config["model_type"] == "bert"
+    auto = AutoModelForTokenClassification if bert else AutoModelForCausalLM
     torch.manual_seed(0)
     ids = torch.randint(3, 97, (3, 40))
 
@@ -83,15 +92,18 @@ def compare(name: str, root: Path) -> list[float]:
         return module.eval()
 
     def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(root / "base").eval()
+        return auto.from_pretrained(root / "base").eval()
+
+    def logits_of(ours: Any) -> Any:
+        return (ours.head if bert else ours.logits)(ours(ids))
 
     def difference(ours: Any, reference: Any) -> float:
         with torch.no_grad():
-            mine, theirs = ours.logits(ours(ids)), reference(ids).logits
+            mine, theirs = logits_of(ours), reference(ids).logits
         return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1))
 
-    loud(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).float()).save_pretrained(root / "base")
-    lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    loud(auto.from_config(AutoConfig.for_model(**config)).float()).save_pretrained(root / "base")
+    lora = LoraConfig(r=4, lora_alpha=8, **{"task_type": "CAUSAL_LM"} | options)
     theirs = loud(get_peft_model(base(), lora), lambda key: "lora_" in key or "modules_to_save.default" in key)
     theirs.save_pretrained(root / "theirs")
     ours = load_model(root / "base")
@@ -104,15 +116,15 @@ def compare(name: str, root: Path) -> list[float]:
     found.append(difference(ours, PeftModel.from_pretrained(base(), root / "again").eval()))
 
     ours = load_model(root / "base")
-    add_lora(ours, LoRA(rank=3, targets=targets, train_also=("lm_head",) if ours.lm_head is not None else ()), seed=1)
-    before = ours.logits(ours(ids)).detach()
+    heads = ("head",) if bert else () if ours.lm_head is None else ("lm_head",)
+    add_lora(ours, LoRA(rank=3, targets=targets, train_also=heads), seed=1)
+    before = logits_of(ours).detach()
     optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=0.02)
     for _ in range(5):
         optimizer.zero_grad()
-        logits = ours.logits(ours(ids[:, :-1]))
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(logits_of(ours)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
-    assert (ours.logits(ours(ids)) - before).abs().max() > 0.1, "nothing was learned"
+    assert (logits_of(ours) - before).abs().max() > 0.1, "nothing was learned"
     save_adapter(ours, root / "trained")
     there = PeftModel.from_pretrained(base(), root / "trained").eval()
     found.append(difference(ours, there))

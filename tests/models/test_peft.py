@@ -2,15 +2,18 @@
 runs PEFT itself."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from encoder_references import CASES, save_encoder
 from references import CONFIGS, difference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models import seq2seq, test_vision
 from models.test_adapters import IDS, logits, loud
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.models.adapters import LoRA, add_lora, merge
@@ -115,18 +118,45 @@ def test_ours_means_the_same_in_their_format(name: str, lora: LoRA, tmp_path: Pa
     assert difference(logits(again), logits(model)) <= BAR
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+FAMILIES = {
+    **{name: partial(save, config) for name, config in CONFIGS.items()},
+    **{name + kind: partial(save_encoder, name, kind) for name, kind in CASES if name in ("bert", "roberta", "distilbert")},
+    **{name: partial(seq2seq.save, name) for name in seq2seq.CONFIGS},
+    **{name: partial(test_vision.save, name) for name in test_vision.CONFIGS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_our_names_are_those_of_their_modules(name: str, tmp_path: Path) -> None:
-    reference = save(CONFIGS[name], tmp_path)
+    """XLNet's attention and gpt-oss's experts are tensors without a layer there, which PEFT can't adapt."""
+    reference = FAMILIES[name](tmp_path)
     names = Names(load_model(tmp_path))
-    modules = dict(reference.named_modules())
-    assert names.layers
+    modules = {key: module for key, module in reference.named_modules() if hasattr(module, "weight")}
+    assert names.layers.keys() <= modules.keys()
     for module, stored in names.layers.items():
-        assert modules[module].weight.shape == stored.shape(
-            {part: torch.empty(names.shapes[part]) for part, _ in stored.parts}
-        )
-    untied = "lm_head.weight" in names.all
-    assert untied == (modules["lm_head"].weight is not reference.get_input_embeddings().weight)
+        shape = stored.shape({part: torch.empty(names.shapes[part]) for part, _ in stored.parts})
+        assert modules[module].weight.shape == shape
+    assert any(".1." in module for module in names.layers)
+
+
+@pytest.mark.parametrize("kind", ["ForMaskedLM", "ForTokenClassification", "Model"])
+def test_an_encoders_adapter(kind: str, tmp_path: Path) -> None:
+    reference = save_encoder("bert", kind, tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    add_lora(model, LoRA(rank=3, targets="all-linear"), seed=0)
+    loud(model, "default")
+    save_adapter(model, tmp_path / "ours")
+    targets = json.loads((tmp_path / "ours" / CONFIG).read_text())["target_modules"]
+    assert ("dense" in targets) == (kind == "ForTokenClassification")  # where it would hit a pooler or a head as well
+    by_formula(reference, tmp_path / "ours")
+    body = reference if kind == "Model" else reference.bert
+    with torch.no_grad():
+        wanted = body(input_ids=IDS).last_hidden_state
+        assert difference(model(IDS), wanted) <= BAR
+    again = load_model(tmp_path / "base")
+    load_adapter(again, tmp_path / "ours")
+    with torch.no_grad():
+        assert difference(again(IDS), wanted) <= BAR
 
 
 def test_whole_modules_travel_too(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ qkv_proj), one stored pair is three of ours: they share A, and B is split by row
 don't share their A become one pair of higher rank with a block-diagonal B: exactly the same function.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,9 +41,24 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Layouts that leave the rows of a linear layer whole. PEFT keeps B as (O, r) where the weight is stored transposed.
 LINEAR = ("same", "transposed", "by_head", "pairs")
-RENAMED = {
-    "embed_out.weight": "lm_head.weight"
-}  # GPT-NeoX: PEFT goes by transformers' modules, which have another name
+_VIT = (
+    (r"encoder\.layer\.", "layers."), (r"attention\.attention\.(q|k|v)(uery|ey|alue)", r"attention.\1_proj"),
+    (r"attention\.output\.dense", "attention.o_proj"), (r"intermediate\.dense", "mlp.fc1"), (r"\.output\.dense", ".mlp.fc2"),
+)  # fmt: skip
+_LLAVA = (
+    (r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head", "lm_head"),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."), (r"vision_tower\.vision_model\.", "vision_tower."),
+)  # fmt: skip
+# PEFT goes by transformers' modules. What they are called in memory where that isn't as in the files, by class.
+MODULES: dict[str, tuple[tuple[str, str], ...]] = {
+    "GPTNeoXForCausalLM": ((r"^embed_out\.", "lm_head."),),
+    "ViTModel": ((r"^vit\.", ""), *_VIT),
+    "ViTForImageClassification": _VIT,
+    "CLIPTextModel": ((r"^text_model\.", ""),),
+    "CLIPVisionModel": ((r"^vision_model\.", ""),),
+    "LlavaForConditionalGeneration": _LLAVA,
+    "Mistral3ForConditionalGeneration": _LLAVA,
+}
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
@@ -63,7 +79,9 @@ class Names:
             bare = self.family.build(model.config, model.hf)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
         table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))
-        self.all = {RENAMED.get(stored.name, stored.name): stored for stored in table}
+        kind = (hf.get("architectures") or [self.family.architecture])[0]
+        self.renames = MODULES.get(kind, ())
+        self.all = {self._in_memory(stored.name): stored for stored in table}
         carrying = {f"{layer}.weight" for layer in adaptable(model)}
         self.layers = {
             name.removesuffix(".weight"): stored
@@ -72,9 +90,18 @@ class Names:
         }
 
     def named(self, name: str, among: Mapping[str, Stored]) -> Stored | None:
-        """What this name means, also where the file was made for the bare model without its head."""
-        name = RENAMED.get(name, name)
-        return among.get(name) or among.get(self.family.prefix + name)
+        """What this name means, also where the file or the model is the bare one without its head."""
+        prefix = self.family.prefix
+        for spelling in (name, self._in_memory(name)):
+            for full in (spelling, prefix + spelling, spelling.removeprefix(prefix)):
+                if full in among:
+                    return among[full]
+        return None
+
+    def _in_memory(self, name: str) -> str:
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
 def save_adapter(model: Any, directory: Path | str, *, name: str = "default", base: str = "") -> None:
@@ -207,7 +234,7 @@ def _config(
     every = {module for module in hit if any(ends(module, target) for target in targets)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) else None,
+        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) and model.task is None else None,
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": _whole(alpha),

@@ -107,15 +107,15 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def linears(model: nn.Module, *, everywhere: bool = False) -> dict[str, nn.Module]:
-    """The linear layers inside the model's blocks by name, or `everywhere` but for the language model's head, whose weight
-    the loss reads by itself. Routers and stacked experts don't count."""
+    """The linear layers inside the model's blocks by name, or `everywhere` but for those whose weight others read: the
+    language model's head and the patches of images. Routers and stacked experts don't count."""
     routers = {f"{name}.gate" for name, module in model.named_modules() if isinstance(module, MoE)}
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
         and name not in routers
-        and (re.search(r"\.\d+\.", name) or (everywhere and not name.endswith("lm_head")))
+        and (re.search(r"\.\d+\.", name) or (everywhere and not name.endswith(("lm_head", "patches"))))
     }
 
 
