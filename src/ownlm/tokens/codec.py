@@ -54,8 +54,9 @@ class Tokenizer:
         self._json = json.loads(backend.to_str())
         added = {token["content"]: token for token in self._json["added_tokens"] if token["special"]}
         unknown = _unknown_token(self._json["model"])
-        # Unigram finds every piece in text, the one for unknown text too.
-        self._unknown = unknown if self._json["model"]["type"] == "Unigram" else None
+        # Unigram finds every piece in text, the one for unknown text too, and so does BPE that takes whole words.
+        model = self._json["model"]
+        self._unknown = unknown if model["type"] == "Unigram" or model.get("ignore_merges") else None
         self.special: dict[str, int] = {
             token: int(backend.token_to_id(token) or 0)
             for token in [*added, *names.values()]
@@ -93,7 +94,9 @@ class Tokenizer:
             self.template = ChatTemplate(source, names=names, specials=list(self.special), stops=stop_texts)
         split = json.dumps(QWEN2) in json.dumps(self._json["pre_tokenizer"])
         self._line_safe = split and not self._json["normalizer"] and len(added) == len(self._json["added_tokens"])
-        self._only_first = any(node["type"] == "Metaspace" and node["prepend_scheme"] == "first" for node in _nodes(self._json))
+        self._only_first = any(
+            node["type"] == "Metaspace" and node["prepend_scheme"] == "first" for node in _nodes(self._json)
+        )
 
     def _bos(self, names: Mapping[str, str]) -> int | None:
         """The token that begins every document, if there is one: the recipe for it is the file's post-processor, which
@@ -190,11 +193,18 @@ class Tokenizer:
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
 
     def chat(
-        self, messages: Sequence[Message | Mapping[str, Any]], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> tuple[list[int], list[bool]]:
         """(ids, trained) of a conversation: `trained` marks the assistant's words and the token that ends its turn.
 
         With `add_generation_prompt` the ids end where the assistant begins, and equal what training saw up to there.
+        `tools`, `documents` and `variables` (such as enable_thinking=False) reach the template by these names.
         Raises UserError when there is no template, when it refuses the messages, or when it can't tell what to train.
         """
         if self.template is None:
@@ -202,7 +212,9 @@ class Tokenizer:
                 "this tokenizer has no chat template.", cure="Use a chat-tuned checkpoint, or add chat_template.jinja."
             )
         plain = [to_json(message) if isinstance(message, Message) else message for message in messages]
-        rendered = self.template.render(plain, add_generation_prompt=add_generation_prompt)
+        rendered = self.template.render(
+            plain, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
+        )
         asked = any(message.get("role") == "assistant" for message in plain)
         if asked and not rendered.spans and not add_generation_prompt:
             raise UserError(
@@ -290,7 +302,7 @@ def _unknown_token(model: Mapping[str, Any]) -> str | None:
 
 def _nodes(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The steps of the normaliser and of the pre-tokenizer."""
-    found = []
+    found: list[dict[str, Any]] = []
     for place, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         node = data[place]
         found += node[nested] if node and node["type"] == "Sequence" else [node] if node else []
@@ -299,7 +311,7 @@ def _nodes(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _without_prefix(whole: dict[str, Any]) -> dict[str, Any] | None:
     """The tokenizer.json of one that puts no space before a text, or None when it never does."""
-    data = json.loads(json.dumps(whole))
+    data: dict[str, Any] = json.loads(json.dumps(whole))
     changed = False
     for item in _nodes(data):
         match item:
@@ -315,12 +327,14 @@ def _without_prefix(whole: dict[str, Any]) -> dict[str, Any] | None:
 def _without_pieces(whole: dict[str, Any], pieces: Iterable[str]) -> dict[str, Any]:
     """The tokenizer.json with these pieces renamed to what no text spells, under their old ids."""
     names = {piece: SEPARATOR + piece for piece in pieces}
-    data = json.loads(json.dumps(whole))
+    data: dict[str, Any] = json.loads(json.dumps(whole))
     model = data["model"]
     if model["type"] == "Unigram":
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]

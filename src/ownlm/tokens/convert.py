@@ -27,6 +27,8 @@ CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 SEPARATOR = "\U0010ffff"
 # "<0x0A>" as text must not become the piece that stands for byte 10. The cut is where no vocabulary has a piece across.
 BYTE_PIECE = r"(?<=<0x[0-9A-F])[0-9A-F](?=>)"
+# `Strip` would do, but breaks down on a text of nothing.
+LAST_SPACE_OUT = decoders.Replace(Regex(r" \z"), "")
 
 
 def sentencepiece(
@@ -52,14 +54,22 @@ def sentencepiece(
     else:
         backend = Backend(_bpe(model, pieces))
         splits += [BYTE_PIECE] if defined else []
-    backend.normalizer = normalizers.Sequence([*first, *_normalisers(model)])
+    steps = _normalisers(model)
+    for piece in defined if model.charsmap else []:
+        if normalizers.Sequence(_charsmap(model.charsmap)).normalize_str(piece) != piece:
+            raise UserError(
+                f"the user-defined piece {piece!r} is changed by the vocabulary's own normaliser, which no tokenizer.json "
+                "can express.",
+                cure="Train the vocabulary without that piece.",
+            )
+    backend.normalizer = normalizers.Sequence([*first, *steps])
     if splits:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(splits)), behavior="isolated")
-    steps: list[Any] = [decoders.Replace(SPACE, " ")] if model.escape_whitespaces else []
+    steps = [decoders.Replace(SPACE, " ")] if model.escape_whitespaces else []
     steps += [decoders.ByteFallback()] if model.byte_fallback else []
     steps += [decoders.Fuse()]
     if model.add_dummy_prefix:
-        steps += [decoders.Strip(" ", int(not model.whitespace_as_suffix), int(model.whitespace_as_suffix))]
+        steps += [LAST_SPACE_OUT if model.whitespace_as_suffix else decoders.Strip(" ", 1, 0)]
     backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens(
         [AddedToken(token, normalized=False) for token in [*model.of_type(UNKNOWN, CONTROL), *extra]]
@@ -197,7 +207,9 @@ def ranks(tokens: Mapping[bytes, int], words: Words, *, special: Mapping[str, in
     holes = set(range(max(taken, default=-1) + 1)) - taken
     vocabulary |= {f"{SEPARATOR}unused {id}": id for id in holes}
     backend = byte_level(vocabulary, merges_of(ranked), Words(words.patterns, whole_words=True))
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(special, key=special.get)])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in sorted(special, key=special.__getitem__)]
+    )
     return backend
 
 
@@ -235,7 +247,7 @@ def clip(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Ba
     )
     # A decoder must give text: the bytes first, then a space for each word's end.
     backend.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)]
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Fuse(), LAST_SPACE_OUT]
     )
     return backend
 

@@ -43,14 +43,32 @@ CLASS_OF = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "Gemma"),
     **dict.fromkeys(("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"), "Qwen2"),
     **{"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "clip": "CLIP", "clip_text_model": "CLIP", "bert": "Bert"},
-    **{"distilbert": "DistilBert", "electra": "Electra", "t5": "T5", "mt5": "MT5", "xlnet": "XLNet", "albert": "Albert"},
+    **{
+        "distilbert": "DistilBert",
+        "electra": "Electra",
+        "t5": "T5",
+        "mt5": "MT5",
+        "xlnet": "XLNet",
+        "albert": "Albert",
+    },
 }
 # tokenizer_class without "Tokenizer" and "Fast" -> what vocab.json and merges.txt need beside them.
 GPT2_LIKE = ("GPT2", "CodeGen", "GPTNeoX", "")
 ROBERTA_LIKE = ("Roberta", "Bart", "Longformer", "LED")
 BERT_LIKE = ("Bert", "DistilBert", "Electra", "MobileBert", "SqueezeBert", "ConvBert", "LayoutLM", "Lxmert", "DPR", "")
 # These move SentencePiece's ids around and add languages: only their tokenizer.json says how.
-SHIFTED = ("XLMRoberta", "Camembert", "MBart", "MBart50", "Nllb", "Barthez", "XGLM", "Pegasus", "BigBird", "DebertaV2")
+SHIFTED: tuple[str, ...] = (
+    "XLMRoberta",
+    "Camembert",
+    "MBart",
+    "MBart50",
+    "Nllb",
+    "Barthez",
+    "XGLM",
+    "Pegasus",
+    "BigBird",
+    "DebertaV2",
+)
 SHIFTED += ("SeamlessM4T", "RemBert", "Reformer", "LayoutXLM", "M2M100", "Marian", "Speech2Text", "PLBart", "FNet")
 # How many ranks -> (split, names of the special tokens by id).
 RANKED: dict[int, tuple[str, dict[str, int]]] = {
@@ -66,7 +84,10 @@ RANKED: dict[int, tuple[str, dict[str, int]]] = {
         {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004}
         | {"<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
         | {"<|python_tag|>": 128010}
-        | {f"<|reserved_special_token_{at}|>": id for at, id in enumerate((128002, 128003, 128005, *range(128011, 128256)))},
+        | {
+            f"<|reserved_special_token_{at}|>": id
+            for at, id in enumerate((128002, 128003, 128005, *range(128011, 128256)))
+        },
     ),
     151643: (
         QWEN2,
@@ -199,8 +220,8 @@ def _ranks(file: Path, config: dict[str, Any]) -> Backend:
     try:
         for line in _bytes(file).splitlines():
             if line:
-                token, rank = line.split()
-                tokens[base64.b64decode(token, validate=True)] = int(rank)
+                encoded, rank = line.split()
+                tokens[base64.b64decode(encoded, validate=True)] = int(rank)
     except ValueError as fault:
         raise UserError(f"neither a SentencePiece model nor ranks: {fault}.", cure=RESTORE) from None
     _check_ranks(tokens)

@@ -41,7 +41,18 @@ NAMED = {
     "mask_token": "mask_token_id",
 }
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
-BEGINS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
+BEGINS = (
+    "llama3",
+    "llama-v3",
+    "llama-bpe",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "tekken",
+)
 FRAMED = ("jina-v1-en", "jina-v2-code", "roberta-bpe")  # <s> text </s>
 
 
@@ -66,13 +77,16 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     backend, defaults = KINDS[kind](metadata, tokens, types, config)
     for name, text in defaults.items():
         config.setdefault(name, text)
-    begins, ends = (metadata.get(f"{KEY}add_{which}_token", config.pop(f"add_{which}", False)) for which in ("bos", "eos"))
+    begins, ends = (
+        metadata.get(f"{KEY}add_{which}_token", config.pop(f"add_{which}", False)) for which in ("bos", "eos")
+    )
     first = config.get("bos_token") or config.get("cls_token")
     last = config.get("sep_token") if kind == "bert" or config.get("framed") else config.get("eos_token")
     config.pop("framed", None)
     if first is None and begins:
         _fail(f"{KEY}add_bos_token is set, and no bos_token_id")
-    convert.frame(backend, " ".join([first] * bool(begins) + ["$A"] + [last] * bool(ends and last)))
+    around = [*([first] if first and begins else []), "$A", *([last] if last and ends else [])]
+    convert.frame(backend, " ".join(around))
     config["add_bos_token"] = bool(begins)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -92,9 +106,7 @@ def _gpt2(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: 
     for merge in _list(metadata, "merges", str):
         left, _, right = merge[1:].partition(" ")
         merges.append((merge[:1] + left, right))
-    backend = _checked(
-        lambda: convert.byte_level({token: id for id, token in enumerate(tokens)}, merges, PRE[pre])
-    )
+    backend = _checked(lambda: convert.byte_level({token: id for id, token in enumerate(tokens)}, merges, PRE[pre]))
     _add(backend, tokens, types)
     framed = pre in FRAMED
     return backend, {"add_bos": pre in BEGINS or framed, "add_eos": framed, **({"framed": True} if framed else {})}
@@ -197,7 +209,11 @@ def _list(
     value = metadata.get(KEY + key, default)
     value = value.tolist() if hasattr(value, "tolist") else value
     accepted = (int, float) if type is float else type
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(each, accepted) for each in value):
+    if (
+        not isinstance(value, Sequence)
+        or isinstance(value, str)
+        or not all(isinstance(each, accepted) for each in value)
+    ):
         _fail(f"{KEY}{key} is missing or no list of {type.__name__}")
     if count is not None and len(value) != count:
         _fail(f"{KEY}{key} has {len(value)} entries for {count} tokens")
@@ -217,4 +233,6 @@ def _checked(build: Any) -> Backend:
 
 
 def _fail(what: str) -> NoReturn:
-    raise UserError(f"the GGUF file's tokenizer can't be used: {what}.", cure="Convert the model again, or use its checkpoint.")
+    raise UserError(
+        f"the GGUF file's tokenizer can't be used: {what}.", cure="Convert the model again, or use its checkpoint."
+    )

@@ -105,7 +105,9 @@ def _read(data: bytes) -> SentencePiece:
 
 def _piece(data: bytes) -> tuple[str, float, int]:
     size = data[1]
-    if data[0] == 0x0A and size < 128 and len(data) == size + 7 and data[size + 2] == 0x15:  # as most are: text and score
+    if (
+        data[0] == 0x0A and size < 128 and len(data) == size + 7 and data[size + 2] == 0x15
+    ):  # as most are: text and score
         return data[2 : size + 2].decode(), FLOAT.unpack_from(data, size + 3)[0], NORMAL
     fields = dict(_fields(data))
     score = FLOAT.unpack(_bytes(fields.get(2, bytes(4))))[0]
