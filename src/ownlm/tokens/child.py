@@ -140,5 +140,5 @@ def _ending(process: "subprocess.Popen[bytes]", fault: Exception) -> str:
     if isinstance(fault, TimeoutError):
         return f"takes longer than {ANSWER_S} s"
     if process.returncode == -signal.SIGXCPU:
-        return f"takes more than {sandbox.CPU_S} s of processor time"
+        return f"takes {sandbox.CPU_S} s of processor time and more"
     return f"breaks down (exit code {process.returncode})"

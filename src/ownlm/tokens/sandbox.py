@@ -189,11 +189,12 @@ def _limit() -> None:
 
 
 def _limit_time() -> None:
-    """CPU_S more seconds of the processor from here; the kernel ends the process after that, even within one C function."""
+    """At most CPU_S more seconds of the processor, which the kernel counts in whole ones; it ends the process after that, even
+    within one C function."""
     import resource
 
     used = sum(os.times()[:2])
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + CPU_S, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_S, resource.RLIM_INFINITY))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from ownlm.errors import UserError
@@ -213,9 +214,9 @@ def _read_marks(text: str, opened: str, closed: str) -> tuple[str, tuple[tuple[i
 
 def _unused_characters(texts: Iterable[str], count: int) -> list[str]:
     """The first `count` private-use characters (Unicode chapter 23.5) that none of the texts contains."""
-    private = [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
-    used = {character for text in texts for character in set(text) if character >= "\ue000"}
-    free = [chr(code) for code in private if chr(code) not in used][:count] if used else list(map(chr, private[:count]))
+    used = {character for text in texts if not text.isascii() for character in set(text) if character >= "\ue000"}
+    private = chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    free = list(islice((character for character in map(chr, private) if character not in used), count))
     assert len(free) == count, "every private-use character of Unicode is in use"
     return free
 
