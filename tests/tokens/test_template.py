@@ -192,7 +192,7 @@ def test_the_environment_is_that_of_transformers(peer: Any) -> None:
 
 EXCESSES = {
     "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a * b %}{% endfor %}{% endfor %}",
-    "computes for ever": "{{ (messages | length + 9) ** 10 ** 9 }}",
+    "computes for ever": "{{ (messages | length + 9) ** (10 ** 8) }}",
     "doubles a string": "{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
     "asks for a terabyte": "{{ ('x' * 10 ** 12) | length }}",
     "pads": "{{ '%0999999999d' % 1 }}",

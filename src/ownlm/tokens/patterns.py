@@ -82,7 +82,19 @@ PRE: dict[str, Words] = {
     "seed-coder": Words(
         (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",)
     ),
+    "minicpm5": Words(
+        (
+            r"\p{N}{1,3}",
+            rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}",
+        ),
+        True,
+    ),
+    "laguna": Words((r"[^\n]+|\n+", QWEN2)),
+    "ufakzeka": Words((QWEN2.removeprefix(CONTRACTIONS + "|"),)),
+    "exaone-moe": Words(
+        (
+            rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
 }
-
-# Ranks in tiktoken's format: how many there are tells the family, and with it the split and the special tokens.
-CL100K = LLAMA3
