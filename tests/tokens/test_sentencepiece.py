@@ -4,6 +4,7 @@ import random
 import shutil
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from hypothesis import given, settings
+from tokenizers.normalizers import Precompiled
 from vocabularies import lines, vector, wide_texts
 
 from ownlm.errors import UserError
@@ -149,10 +151,8 @@ def test_a_damaged_model_is_one_error() -> None:
         broken = bytearray(data[: generator.randrange(len(data))] if generator.random() < 0.3 else data)
         for _ in range(generator.randrange(1, 8)):
             broken[generator.randrange(min(len(broken), 20_000))] = generator.randrange(256)
-        try:
+        with suppress(UserError):  # and nothing else
             read_model(bytes(broken), "x.model")
-        except UserError as fault:
-            assert str(fault).startswith("x.model: not a SentencePiece model: ")
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,8 @@ def test_a_table_of_characters_that_leads_outside_is_refused() -> None:
             refused += 1
             continue
         sentence = "".join(map(chr, range(0x20, 0x3000)))
-        _normalise(bytes(broken), sentence)  # must not break down
+        Precompiled(bytes(broken)).normalize_str(sentence)  # must not break down
     assert refused > 50
     for cut in (3, 4, 1000, len(table) - 1):
-        with pytest.raises(ValueError, match="table of characters|"):
+        with pytest.raises(ValueError):
             check_charsmap(table[:cut])
-
-
-def _normalise(table: bytes, text: str) -> str:
-    from tokenizers.normalizers import Precompiled
-
-    return str(Precompiled(table).normalize_str(text))

@@ -32,6 +32,7 @@ from ownlm.tokens.sentencepiece import check_charsmap, read_model
 
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MAX_BYTES = 256 * 2**20  # of one file; the largest tokenizer.json in use has 35 MB
+CLIP_MERGES, CLIP_BYTES = 49152 - 256 - 2, 16 * 2**20
 RESTORE = "Restore the file from its source."
 
 # model_type in config.json -> tokenizer_class, for the directories that name no class.
@@ -318,15 +319,15 @@ def _vocab_merges(file: Path, config: dict[str, Any]) -> Backend:
 
 def _clip_gz(file: Path, config: dict[str, Any]) -> Backend:
     try:
-        unpacker = zlib.decompressobj(wbits=31)
-        text = unpacker.decompress(_bytes(file), MAX_BYTES).decode()
+        text = zlib.decompressobj(wbits=31).decompress(_bytes(file), CLIP_BYTES).decode()
     except (zlib.error, ValueError) as fault:
         raise UserError(f"not a vocabulary of CLIP: {fault}.", cure=RESTORE) from None
-    pairs = _pairs(text.splitlines()[1 : 49152 - 256 - 2 + 1], str(file))  # CLIP reads no more of it
+    pairs = _pairs(text.splitlines()[1 : 1 + CLIP_MERGES], str(file))  # CLIP reads no more of it
+    if len(pairs) != CLIP_MERGES:
+        raise UserError(f"not a vocabulary of CLIP: {len(pairs)} merges instead of {CLIP_MERGES}.", cure=RESTORE)
     characters = [convert.CHARACTER_OF[byte] for byte in _clip_bytes()]
     names = [*characters, *(c + "</w>" for c in characters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {name: id for id, name in enumerate(names)}
-    backend = convert.clip(vocabulary, pairs)
+    backend = convert.clip({name: id for id, name in enumerate(names)}, pairs)
     _clip_names(backend, config)
     return backend
 

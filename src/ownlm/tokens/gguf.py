@@ -83,11 +83,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     first = config.get("bos_token") or config.get("cls_token")
     last = config.get("sep_token") if kind == "bert" or config.get("framed") else config.get("eos_token")
     config.pop("framed", None)
-    if first is None and begins:
+    if first is None and metadata.get(f"{KEY}add_bos_token"):
         _fail(f"{KEY}add_bos_token is set, and no bos_token_id")
     around = [*([first] if first and begins else []), "$A", *([last] if last and ends else [])]
     convert.frame(backend, " ".join(around))
-    config["add_bos_token"] = bool(begins)
+    config["add_bos_token"] = bool(begins and first)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
