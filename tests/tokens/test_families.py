@@ -30,7 +30,7 @@ from vocabularies import lines, vector, wide_texts
 from ownlm.errors import NotFound, UserError
 from ownlm.tokens import train
 from ownlm.tokens.codec import Tokenizer
-from ownlm.tokens.files import RANKED
+from ownlm.tokens.families import RANKED
 from ownlm.tokens.patterns import GPT2, LLAMA3, TEKKEN
 from ownlm.tokens.sentencepiece import read_model
 from ownlm.tokens.stream import BYTE_OF
@@ -315,6 +315,41 @@ def test_llama2_begins_with_one_begin_token(model_type: str | None, write: Write
     assert (ids.count(1), ids.count(2)) == (1, 0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "xlnet", "gpt2", "clip", "bert", "ranks"])
+def test_transformers_reads_what_is_saved(kind: str, write: Write, tmp_path: Path) -> None:
+    """A vocabulary of any kind is a tokenizer.json afterwards, from which transformers gives the same ids, framing included."""
+    folder = write()
+    match kind:
+        case "llama":
+            write(
+                tokenizer__model=vector("karpathy-llama2.c/tokenizer.model").read_bytes(),
+                config__json={"model_type": "llama"},
+            )
+        case "xlnet":
+            learn(folder / "spiece", control_symbols=["<cls>", "<sep>", "<pad>", "<mask>"])
+            write(config__json={"model_type": "xlnet"})
+        case "gpt2":
+            write(vocab__json=gpt2_vocabulary(), merges__txt=gpt2_merges(), config__json={"model_type": "gpt2"})
+        case "clip":
+            shutil.copy(vector("clip/bpe_simple_vocab_16e6.txt.gz"), folder)
+        case "bert":
+            write(vocab__txt=bert_vocabulary(), config__json={"model_type": "bert"})
+        case "ranks":
+            write(x__tiktoken=rank_file(gpt2_ranks()))
+    one = Tokenizer.load(folder)
+    one.save(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text(json.dumps({"model_type": {"ranks": "gpt2"}.get(kind, kind)}))
+    again, peer = Tokenizer.load(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.digest == one.digest
+    for line in lines()[:150]:
+        ids = one.encode(line)
+        assert peer(line, add_special_tokens=False).input_ids == again.encode(line) == ids
+        begin, rest = ([one.bos_id] if one.bos_id is not None else []), {"xlnet": one.special.get("<sep>")}
+        framed = peer(line).input_ids
+        assert framed[: len(ids) + len(begin)] == [*begin, *ids], kind
+        assert framed[len(ids) + len(begin) :][:1] in ([], [one.eos_id], [rest.get(kind)])
+
+
 def test_torchtitan_tokenizer_json(write: Write) -> None:
     folder = write()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -407,7 +442,7 @@ def test_training_is_byte_pair_encoding_by_the_book(monkeypatch: pytest.MonkeyPa
                 "merges__txt": "",
                 "tokenizer_config__json": {"tokenizer_class": "BlenderbotTokenizer"},
             },
-            "'BlenderbotTokenizer' is no class",
+            "BlenderbotTokenizer is no class",
         ),
         ({"vocab__txt": "a\nb\n"}, r"vocab\.txt: the vocabulary lacks its unknown token '\[UNK\]'"),
         ({"vocab__txt": b"\xff\xfe"}, r"vocab\.txt: not text"),
