@@ -4,9 +4,9 @@
     document ─────────────► document ► [begin] ids end
     messages ─► template ─► chat ────► ids, trained    special tokens come from the template only
 
-One object trains, evaluates and serves a model. It lives in the model's directory in Hugging Face layout
-(tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and transformers' AutoTokenizer
-gives the same ids from it.
+One object trains, evaluates and serves a model, whatever files its vocabulary came in (`tokens/families.py`). It saves itself in
+Hugging Face layout (tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and transformers'
+AutoTokenizer gives the same ids from it.
 """
 
 import hashlib
@@ -21,19 +21,17 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ownlm.documents.clean import well_formed
-from ownlm.errors import NotFound, UserError
+from ownlm.errors import UserError
 from ownlm.records import Message, to_json
+from ownlm.tokens import families, files
+from ownlm.tokens.convert import SEPARATOR
+from ownlm.tokens.files import NAMED, token_text
+from ownlm.tokens.patterns import QWEN2
 from ownlm.tokens.stream import BYTE_OF, ByteStream, DecodeStream, WindowStream
 from ownlm.tokens.template import ChatTemplate
 
-NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 # Which special tokens end a document or a turn, in the families that ownlm loads; the first one present ends documents.
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-# Qwen2's split of text into words. A line end followed by anything but white space always ends a word, so that a long text
-# can be cut there and encoded in parallel without changing an id.
-LINE_SAFE_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 LINE_START = re.compile(r"(?<=\n)(?=\S)")
 PART_CHARACTERS = 50_000  # the tokenizers library takes about a hundred bytes of memory for each byte of one text
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|eom_id|>")
@@ -46,7 +44,7 @@ class Tokenizer:
         """`config` is a tokenizer_config.json with the template under "chat_template"; `stops` are further ids that end
         a reply (generation_config.json names them)."""
         self.config = dict(config)
-        names = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        names = {name: text for name in NAMED if (text := token_text(config.get(name)))}
         missing = [token for token in names.values() if backend.token_to_id(token) is None]
         assert not missing, f"tokenizer_config.json names tokens that tokenizer.json lacks: {missing}"
         backend.encode_special_tokens = True  # from here on the backend never looks for special tokens in text
@@ -56,6 +54,9 @@ class Tokenizer:
         self._json = json.loads(backend.to_str())
         added = {token["content"]: token for token in self._json["added_tokens"] if token["special"]}
         unknown = _unknown_token(self._json["model"])
+        # Unigram finds every piece in text, the one for unknown text too, and so does BPE that takes whole words.
+        model = self._json["model"]
+        self._unknown = unknown if model["type"] == "Unigram" or model.get("ignore_merges") else None
         self.special: dict[str, int] = {
             token: int(backend.token_to_id(token) or 0)
             for token in [*added, *names.values()]
@@ -91,10 +92,11 @@ class Tokenizer:
         if isinstance(source, str):
             stop_texts = [token for token, id in self.special.items() if id in self.stop_ids]
             self.template = ChatTemplate(source, names=names, specials=list(self.special), stops=stop_texts)
-        split = json.dumps(LINE_SAFE_PATTERN) in json.dumps(self._json["pre_tokenizer"])
+        split = json.dumps(QWEN2) in json.dumps(self._json["pre_tokenizer"])
         self._line_safe = split and not self._json["normalizer"] and len(added) == len(self._json["added_tokens"])
-        inner, self._only_first = _without_prefix(self._json)
-        self._inner = inner or backend
+        self._only_first = any(
+            node["type"] == "Metaspace" and node["prepend_scheme"] == "first" for node in _nodes(self._json)
+        )
 
     def _bos(self, names: Mapping[str, str]) -> int | None:
         """The token that begins every document, if there is one: the recipe for it is the file's post-processor, which
@@ -137,22 +139,27 @@ class Tokenizer:
         return self._checked(text, backend.encode(text, add_special_tokens=False).ids, backend)
 
     def _checked(self, text: str, ids: list[int], backend: Backend | None = None) -> list[int]:
-        return ids if self._special_ids.isdisjoint(ids) else self._spell_out(text, backend or self.backend)
+        """`ids`, unless the text spells a piece that is no text: then what the vocabulary makes of it without that piece."""
+        if self._special_ids.isdisjoint(ids) and (self._unknown is None or self._unknown not in text):
+            return ids
+        literal = self._literal_inner if backend is not None and backend is not self.backend else self._literal
+        found: list[int] = literal.encode(text.replace(SEPARATOR, "\ufffd"), add_special_tokens=False).ids
+        return found
 
-    def _spell_out(self, text: str, backend: Backend) -> list[int]:
-        """Ids of a text in which the model itself finds a special token (Unigram vocabularies keep </s> as a piece):
-        that stretch is encoded character by character."""
-        encoding = backend.encode(text, add_special_tokens=False)
-        ids: list[int] = []
-        for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id not in self._special_ids:
-                ids.append(id)
-                continue
-            for character in text[start:end]:
-                ids += [
-                    i for i in self._inner.encode(character, add_special_tokens=False).ids if i not in self._special_ids
-                ]
-        return ids
+    @cached_property
+    def _inner(self) -> Backend:
+        """The backend that puts no space before a text: for the text after a special token."""
+        data = _without_prefix(self._json)
+        return self.backend if data is None else _backend(data)
+
+    @cached_property
+    def _literal(self) -> Backend:
+        return _backend(_without_pieces(self._json, [*self.special, *([self._unknown] if self._unknown else [])]))
+
+    @cached_property
+    def _literal_inner(self) -> Backend:
+        data = _without_prefix(self._json) or self._json
+        return _backend(_without_pieces(data, [*self.special, *([self._unknown] if self._unknown else [])]))
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of the ids; special tokens are left out unless `special`. Broken UTF-8 becomes U+FFFD."""
@@ -186,11 +193,18 @@ class Tokenizer:
         return [*([] if self.bos_id is None else [self.bos_id]), *ids, self.eos_id]
 
     def chat(
-        self, messages: Sequence[Message | Mapping[str, Any]], *, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> tuple[list[int], list[bool]]:
         """(ids, trained) of a conversation: `trained` marks the assistant's words and the token that ends its turn.
 
         With `add_generation_prompt` the ids end where the assistant begins, and equal what training saw up to there.
+        `tools`, `documents` and `variables` (such as enable_thinking=False) reach the template by these names.
         Raises UserError when there is no template, when it refuses the messages, or when it can't tell what to train.
         """
         if self.template is None:
@@ -198,7 +212,9 @@ class Tokenizer:
                 "this tokenizer has no chat template.", cure="Use a chat-tuned checkpoint, or add chat_template.jinja."
             )
         plain = [to_json(message) if isinstance(message, Message) else message for message in messages]
-        rendered = self.template.render(plain, add_generation_prompt=add_generation_prompt)
+        rendered = self.template.render(
+            plain, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
+        )
         asked = any(message.get("role") == "assistant" for message in plain)
         if asked and not rendered.spans and not add_generation_prompt:
             raise UserError(
@@ -252,7 +268,7 @@ class Tokenizer:
         """Write the files that `load` and transformers read."""
         path.mkdir(parents=True, exist_ok=True)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
-        named = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        named = {name: text for name in NAMED if (text := token_text(config.get(name)))}
         (path / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         (path / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -265,43 +281,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """The tokenizer in a directory of Hugging Face layout. Raises NotFound or UserError when it isn't one."""
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise NotFound(
-                "there is no tokenizer.json.",
-                where=str(path),
-                cure="Give the directory of a tokenizer or a checkpoint.",
-            )
-        try:
-            backend = Backend.from_str(file.read_text(encoding="utf-8"))
-        except Exception as fault:  # noqa: BLE001  (the library raises bare Exception)
-            raise UserError(
-                f"not a tokenizer: {fault}.", where=str(file), cure="Restore the file from its source."
-            ) from None
-        config = _read_json(path / "tokenizer_config.json")
-        template = path / "chat_template.jinja"
-        if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        elif isinstance(config.get("chat_template"), list):  # several named templates: "default" is the one for chat
-            config["chat_template"] = {item["name"]: item["template"] for item in config["chat_template"]}.get(
-                "default"
-            )
+        """The tokenizer in a directory, from whichever files it comes in. Raises NotFound or UserError when there is none."""
+        backend, config = families.read(path)
         # A token that only the config declares special must be special to the backend too; one that the vocabulary lacks
         # (GPT-2 files name such) can't be.
-        named = {name: text for name in NAMED if (text := _token_text(config.get(name)))}
+        named = {name: text for name in NAMED if (text := token_text(config.get(name)))}
         known = {name: text for name, text in named.items() if backend.token_to_id(text) is not None}
         backend.add_special_tokens(sorted(set(known.values())))
         config = {key: value for key, value in config.items() if key not in named or key in known}
-        stops = _read_json(path / "generation_config.json").get("eos_token_id") or []
+        stops = files.read_json(path / "generation_config.json").get("eos_token_id") or []
         return cls(backend, config, stops=[stops] if isinstance(stops, int) else stops)
-
-
-def _token_text(value: Any) -> str | None:
-    """Configs write a token as its text or as {"content": text, ...}."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
 
 
 def _unknown_token(model: Mapping[str, Any]) -> str | None:
@@ -311,39 +300,51 @@ def _unknown_token(model: Mapping[str, Any]) -> str | None:
     return model.get("unk_token")
 
 
-def _without_prefix(whole: dict[str, Any]) -> tuple[Backend | None, bool]:
-    """A copy of the tokenizer that puts no space before a text, or None when it never does; and whether the original
-    puts it before the very first piece only."""
-    data = json.loads(json.dumps(whole))
-    changed = first = False
-    for place in ("normalizer", "pre_tokenizer"):
+def _nodes(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps of the normaliser and of the pre-tokenizer."""
+    found: list[dict[str, Any]] = []
+    for place, nested in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         node = data[place]
-        nested = "normalizers" if place == "normalizer" else "pretokenizers"
-        nodes = node[nested] if node and node["type"] == "Sequence" else [node] if node else []
-        kept = [item for item in nodes if item["type"] != "Prepend"]
-        changed |= len(kept) < len(nodes)
-        for item in kept:
-            if item["type"] == "Metaspace" and item["prepend_scheme"] != "never":
-                first |= item["prepend_scheme"] == "first"
+        found += node[nested] if node and node["type"] == "Sequence" else [node] if node else []
+    return found
+
+
+def _without_prefix(whole: dict[str, Any]) -> dict[str, Any] | None:
+    """The tokenizer.json of one that puts no space before a text, or None when it never does."""
+    data: dict[str, Any] = json.loads(json.dumps(whole))
+    changed = False
+    for item in _nodes(data):
+        match item:
+            case {"type": "Prepend"}:
+                item["prepend"], changed = "", True
+            case {"type": "Metaspace", "prepend_scheme": "first" | "always"}:
                 item["prepend_scheme"], changed = "never", True
-            if item["type"] == "ByteLevel" and item["add_prefix_space"] and place == "pre_tokenizer":
+            case {"type": "ByteLevel", "add_prefix_space": True}:
                 item["add_prefix_space"], changed = False, True
-        if node and node["type"] == "Sequence":
-            node[nested] = kept
-        elif node:
-            data[place] = kept[0] if kept else None
-    if not changed:
-        return None, False
-    inner = Backend.from_str(json.dumps(data))
-    inner.encode_special_tokens = True
-    return inner, first
+    return data if changed else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise UserError(f"not JSON: {fault}.", where=str(path), cure="Restore the file from its source.") from None
-    return data if isinstance(data, dict) else {}
+def _without_pieces(whole: dict[str, Any], pieces: Iterable[str]) -> dict[str, Any]:
+    """The tokenizer.json with these pieces renamed to what no text spells, under their old ids."""
+    names = {piece: SEPARATOR + piece for piece in pieces}
+    data: dict[str, Any] = json.loads(json.dumps(whole))
+    model = data["model"]
+    if model["type"] == "Unigram":
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    for token in data["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    data["post_processor"] = None
+    return data
+
+
+def _backend(data: Mapping[str, Any]) -> Backend:
+    backend = Backend.from_str(json.dumps(data))
+    backend.encode_special_tokens = True
+    return backend

@@ -24,7 +24,8 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import UserError
 from ownlm.records import Conversation, Document, read_jsonl
 from ownlm.report import Reporter
-from ownlm.tokens.codec import LINE_SAFE_PATTERN, Tokenizer
+from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.patterns import QWEN2
 from ownlm.tokens.stream import BYTE_OF
 from ownlm.tokens.template import CHATML
 
@@ -158,7 +159,7 @@ def build(
 def _byte_level(model: models.Model) -> Backend:
     backend = Backend(model)
     # Qwen2's split: words with their leading space, digits one by one, line ends apart. GGUF tools know it by name.
-    split = pre_tokenizers.Split(Regex(LINE_SAFE_PATTERN), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(QWEN2), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
