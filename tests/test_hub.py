@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -435,7 +437,10 @@ def test_content_that_is_not_what_was_announced(served: Hub, checkpoint: dict[st
         ({"rfilename": BLOB, "size": None, "blobId": "0" * 40}, "a size of None"),
         ({"rfilename": BLOB, "size": "10", "blobId": "0" * 40}, "a size of 10"),
         ({"rfilename": BLOB, "size": 10**15, "blobId": "0" * 40}, "a size of"),
-        ({"rfilename": "config.json", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "config.json", "size": 11_000_000, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "tokenizer.json", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "qwen.tiktoken", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": INDEX, "size": 31_000_000, "blobId": "0" * 40}, "a size of"),
         ({"rfilename": BLOB, "lfs": {"sha256": "../../x", "size": 1, "pointerSize": 1}}, "no checksum"),
         ({"rfilename": BLOB, "lfs": {"size": 1}}, "doesn't speak the hub's API"),
         ({"size": 1}, "doesn't speak the hub's API"),
@@ -606,6 +611,34 @@ def test_show_and_generate(
         assert f"  from hf:{REPO}@{commit}" in capsys.readouterr().out
     assert cli.main(["generate", "hf:../x", "Anna"]) == 2
     assert "is not a reference" in capsys.readouterr().err
+
+
+def test_the_how_to_page_runs(
+    served: Hub, checkpoint: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command and the Python of docs/how-to/use-a-checkpoint.md, in their order."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "use-a-checkpoint.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    served.repo("openai-community/gpt2", checkpoint)
+    for name in ("gpt2", "old"):
+        (tmp_path / name).mkdir()
+        for file, data in checkpoint.items():
+            if file in hub.BESIDE or (file == BLOB and name == "gpt2"):
+                (tmp_path / name / file).write_bytes(data)
+    torch.save(tiny_model().decoder.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) >= 8
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    (python,) = [block.removeprefix("python") for block in page.split("```") if block.startswith("python")]
+    ran: dict[str, Any] = {}
+    exec(python, ran)  # noqa: S102
+    ids = torch.arange(9)[None]
+    assert torch.equal(ran["again"].logits(ids), ran["model"].logits(ids))
+    tables = [block.removeprefix("toml") for block in page.split("```") if block.startswith("toml")]
+    assert all(
+        hub.parse(value) for block in tables for table in tomllib.loads(block).values() for value in table.values()
+    )
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────

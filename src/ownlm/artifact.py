@@ -407,6 +407,8 @@ def own_code(folder: Path) -> list[str]:
     found: set[str] = set()
     for name in ("config.json", "tokenizer_config.json"):
         with suppress(OSError, ValueError, AttributeError, RecursionError):
+            if (folder / name).stat().st_size > hub.SETTINGS_BYTES:
+                continue
             named = json.loads((folder / name).read_bytes()).get("auto_map") or {}
             found |= {ascii(str(value)[:80])[1:-1] for value in named.values()}
     return sorted(found)[:10]

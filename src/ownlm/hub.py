@@ -30,13 +30,22 @@ TOKENIZER = (
 VOCABULARIES = (TOKENIZER[0], *TOKENIZER[4:12])  # any of them makes a tokenizer
 CONFIG = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+SETTINGS = (
+    *CONFIG,
+    ADAPTER[0],
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 BESIDE = (*CONFIG, *TOKENIZER, ADAPTER[0])  # what belongs to weights, whatever their format
 PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)")
 SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 OWNER = NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 REF = re.compile(rf"hf:(?P<repo>{OWNER}/{NAME})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
 TIMEOUT_S = 20.0
-SMALL_BYTES, FILE_BYTES = 256_000_000, 10**13  # of a text that belongs to a model; of any file
+# What a file may have. Settings are parsed in this process, where a byte of JSON can become twenty of memory.
+SETTINGS_BYTES, INDEX_BYTES, VOCABULARY_BYTES, FILE_BYTES = 10_000_000, 30_000_000, 256_000_000, 10**13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +236,9 @@ def _file(source: Source, commit: str, listed: Any) -> File:
     """A file as the hub describes it, checked: a size that can be, and a hash to hold it against."""
     lfs, blob = listed.lfs, listed.blob_id
     bytes = lfs.size if lfs else listed.size
-    most = SMALL_BYTES if listed.rfilename in (*BESIDE, INDEX) else FILE_BYTES
+    most = INDEX_BYTES if listed.rfilename == INDEX else FILE_BYTES
+    if listed.rfilename in BESIDE or listed.rfilename.endswith(".tiktoken"):
+        most = VOCABULARY_BYTES if listed.rfilename not in SETTINGS else SETTINGS_BYTES
     if type(bytes) is not int or not 0 <= bytes <= most:
         raise UserError(f"{listed.rfilename} has a size of {str(bytes)[:40]}.", where=str(source))
     sha256 = lfs.sha256 if lfs and isinstance(lfs.sha256, str) and SHA256.fullmatch(lfs.sha256) else None
