@@ -83,6 +83,10 @@ def said(workspace: Workspace) -> str:
     return workspace.reporter.out.getvalue()
 
 
+def belongs(name: str) -> bool:
+    return name in hub.SETTINGS or hub.VOCABULARY.fullmatch(name) is not None
+
+
 def contents(served: Hub, file: str = BLOB) -> list[Any]:
     """The requests for the content of a file."""
     return [one for one in served.asked(f"/{file}") if one.status in (200, 206, 503)]
@@ -146,6 +150,8 @@ def test_load(served: Hub, checkpoint: dict[str, bytes], tmp_path: Path, monkeyp
 def test_the_artifact(served: Hub, checkpoint: dict[str, bytes], workspace: Workspace) -> None:
     repo = served.repo(REPO, checkpoint)
     repo.licence = "mit"
+    repo.commit(checkpoint | {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}"})
+    checkpoint = repo.commits[repo.refs["main"]]
     made = workspace.open(f"hf:{REPO}", "checkpoint")
     commit = repo.refs["main"]
     assert (made.kind, made.ref, made.source) == ("checkpoint", "village--tiny@1", f"hf:{REPO}@{commit}")
@@ -153,8 +159,8 @@ def test_the_artifact(served: Hub, checkpoint: dict[str, bytes], workspace: Work
     assert made.manifest.recipe == {
         "name": "village--tiny", "source": f"hf:{REPO}@{commit}", "revision": "main", "endpoint": served.address,
     }  # fmt: skip
-    wanted = {name for name in checkpoint if name in hub.BESIDE or name == BLOB}
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", BLOB} <= wanted
+    wanted = {name for name in checkpoint if belongs(name) or name == BLOB}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "1_Pooling/config.json", BLOB} <= wanted
     assert set(made.manifest.files) == wanted
     assert all((made.path / name).read_bytes() == checkpoint[name] for name in wanted)
     assert not list((workspace.root / "hub").iterdir())
@@ -623,7 +629,7 @@ def test_the_how_to_page_runs(
     for name in ("gpt2", "old"):
         (tmp_path / name).mkdir()
         for file, data in checkpoint.items():
-            if file in hub.BESIDE or (file == BLOB and name == "gpt2"):
+            if belongs(file) or (file == BLOB and name == "gpt2"):
                 (tmp_path / name / file).write_bytes(data)
     torch.save(tiny_model().decoder.state_dict(), tmp_path / "old" / "pytorch_model.bin")
     commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
