@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,10 @@ def said(workspace: Workspace) -> str:
     return workspace.reporter.out.getvalue()
 
 
+def belongs(name: str) -> bool:
+    return name in hub.SETTINGS or hub.VOCABULARY.fullmatch(name) is not None
+
+
 def contents(served: Hub, file: str = BLOB) -> list[Any]:
     """The requests for the content of a file."""
     return [one for one in served.asked(f"/{file}") if one.status in (200, 206, 503)]
@@ -144,6 +150,8 @@ def test_load(served: Hub, checkpoint: dict[str, bytes], tmp_path: Path, monkeyp
 def test_the_artifact(served: Hub, checkpoint: dict[str, bytes], workspace: Workspace) -> None:
     repo = served.repo(REPO, checkpoint)
     repo.licence = "mit"
+    repo.commit(checkpoint | {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/config.json": b"{}"})
+    checkpoint = repo.commits[repo.refs["main"]]
     made = workspace.open(f"hf:{REPO}", "checkpoint")
     commit = repo.refs["main"]
     assert (made.kind, made.ref, made.source) == ("checkpoint", "village--tiny@1", f"hf:{REPO}@{commit}")
@@ -151,8 +159,8 @@ def test_the_artifact(served: Hub, checkpoint: dict[str, bytes], workspace: Work
     assert made.manifest.recipe == {
         "name": "village--tiny", "source": f"hf:{REPO}@{commit}", "revision": "main", "endpoint": served.address,
     }  # fmt: skip
-    wanted = {name for name in checkpoint if name in hub.BESIDE or name == BLOB}
-    assert {"config.json", "tokenizer.json", "chat_template.jinja", BLOB} <= wanted
+    wanted = {name for name in checkpoint if belongs(name) or name == BLOB}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "1_Pooling/config.json", BLOB} <= wanted
     assert set(made.manifest.files) == wanted
     assert all((made.path / name).read_bytes() == checkpoint[name] for name in wanted)
     assert not list((workspace.root / "hub").iterdir())
@@ -435,7 +443,10 @@ def test_content_that_is_not_what_was_announced(served: Hub, checkpoint: dict[st
         ({"rfilename": BLOB, "size": None, "blobId": "0" * 40}, "a size of None"),
         ({"rfilename": BLOB, "size": "10", "blobId": "0" * 40}, "a size of 10"),
         ({"rfilename": BLOB, "size": 10**15, "blobId": "0" * 40}, "a size of"),
-        ({"rfilename": "config.json", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "config.json", "size": 11_000_000, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "tokenizer.json", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": "qwen.tiktoken", "size": 10**9, "blobId": "0" * 40}, "a size of"),
+        ({"rfilename": INDEX, "size": 31_000_000, "blobId": "0" * 40}, "a size of"),
         ({"rfilename": BLOB, "lfs": {"sha256": "../../x", "size": 1, "pointerSize": 1}}, "no checksum"),
         ({"rfilename": BLOB, "lfs": {"size": 1}}, "doesn't speak the hub's API"),
         ({"size": 1}, "doesn't speak the hub's API"),
@@ -606,6 +617,34 @@ def test_show_and_generate(
         assert f"  from hf:{REPO}@{commit}" in capsys.readouterr().out
     assert cli.main(["generate", "hf:../x", "Anna"]) == 2
     assert "is not a reference" in capsys.readouterr().err
+
+
+def test_the_how_to_page_runs(
+    served: Hub, checkpoint: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command and the Python of docs/how-to/use-a-checkpoint.md, in their order."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "use-a-checkpoint.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    served.repo("openai-community/gpt2", checkpoint)
+    for name in ("gpt2", "old"):
+        (tmp_path / name).mkdir()
+        for file, data in checkpoint.items():
+            if belongs(file) or (file == BLOB and name == "gpt2"):
+                (tmp_path / name / file).write_bytes(data)
+    torch.save(tiny_model().decoder.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) >= 8
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    (python,) = [block.removeprefix("python") for block in page.split("```") if block.startswith("python")]
+    ran: dict[str, Any] = {}
+    exec(python, ran)  # noqa: S102
+    ids = torch.arange(9)[None]
+    assert torch.equal(ran["again"].logits(ids), ran["model"].logits(ids))
+    tables = [block.removeprefix("toml") for block in page.split("```") if block.startswith("toml")]
+    assert all(
+        hub.parse(value) for block in tables for table in tomllib.loads(block).values() for value in table.values()
+    )
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────

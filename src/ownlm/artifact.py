@@ -35,7 +35,6 @@ from ownlm.transfer import Away
 FORMAT = 1
 KINDS = ("documents", "tokenizer", "tokens", "checkpoint", "adapter", "scores", "release", "feedback", "index")
 TOKENIZER_ONLY = "--tokenizer"  # behind the name of a hub's repository of which only the tokenizer was taken
-WEIGHTS = (".safetensors", ".tiktoken")  # beside the names that hub.BESIDE lists
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -283,6 +282,7 @@ class Workspace:
                 recipe = HubRecipe(name=name, source=plan.ref, revision=asked.revision, endpoint=device.hub()[0])
                 with self.create(kinds[0], name, inputs={}, recipe=recipe) as draft:
                     for file in plan.files:
+                        (draft.path / file.name).parent.mkdir(exist_ok=True)
                         (scratch / file.name).rename(draft.path / file.name)
                     draft.facts |= {"source": plan.ref, "licence": plan.licence}
                     if code := own_code(draft.path):
@@ -314,7 +314,7 @@ class Workspace:
         if ours or (path / "manifest.json").is_file() or not (kind := kind_of(path)):
             return Artifact(path, read_manifest(path / "manifest.json"))
         path = path.resolve()
-        names = sorted(file.name for file in path.iterdir() if file.name in hub.BESIDE or file.suffix in WEIGHTS)
+        names = sorted([*hub.beside(path), *(file.name for file in path.glob("*.safetensors"))])
         stats = {name: (path / name).stat() for name in names}
         key = (path, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
         if key not in self.folders:
@@ -399,7 +399,7 @@ def kind_of(folder: Path) -> str | None:
         return "checkpoint"
     if (folder / hub.ADAPTER[0]).is_file():
         return "adapter"
-    return "tokenizer" if any((folder / name).is_file() for name in hub.VOCABULARIES) else None
+    return "tokenizer" if folder.is_dir() and set(hub.beside(folder)) - set(hub.SETTINGS) else None
 
 
 def own_code(folder: Path) -> list[str]:
@@ -407,6 +407,8 @@ def own_code(folder: Path) -> list[str]:
     found: set[str] = set()
     for name in ("config.json", "tokenizer_config.json"):
         with suppress(OSError, ValueError, AttributeError, RecursionError):
+            if (folder / name).stat().st_size > hub.SETTINGS_BYTES:
+                continue
             named = json.loads((folder / name).read_bytes()).get("auto_map") or {}
             found |= {ascii(str(value)[:80])[1:-1] for value in named.values()}
     return sorted(found)[:10]

@@ -22,21 +22,27 @@ from ownlm.report import Reporter, duration, size
 from ownlm.transfer import COMMIT, SHA256, File, digest_of, fetch, no_telemetry, part_of, read, told
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "bpe_simple_vocab_16e6.txt.gz",
-    "chat_template.jinja", "chat_template.json",
+# What belongs to weights, whatever their format: settings, and vocabularies, of which any makes a tokenizer.
+MODEL_SETTINGS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "modules.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
-VOCABULARIES = (TOKENIZER[0], *TOKENIZER[4:12])  # any of them makes a tokenizer
-CONFIG = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-BESIDE = (*CONFIG, *TOKENIZER, ADAPTER[0])  # what belongs to weights, whatever their format
+SETTINGS = (*MODEL_SETTINGS, *TOKENIZER_SETTINGS, ADAPTER[0])
+VOCABULARY = re.compile(
+    r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|tekken\.json|bpe_simple_vocab_16e6\.txt\.gz"
+    r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.(model|tiktoken)"
+)
 PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt)")
 SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 OWNER = NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 REF = re.compile(rf"hf:(?P<repo>{OWNER}/{NAME})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{{0,199}}))?")
 TIMEOUT_S = 20.0
-SMALL_BYTES, FILE_BYTES = 256_000_000, 10**13  # of a text that belongs to a model; of any file
+# What a file may have. Settings are parsed in this process, where a byte of JSON can become twenty of memory.
+SETTINGS_BYTES, INDEX_BYTES, VOCABULARY_BYTES, FILE_BYTES = 10_000_000, 30_000_000, 256_000_000, 10**13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,12 @@ class Plan:
             for path in (folder / file.name, part_of(folder, file)):
                 have += min(path.stat().st_size, file.bytes) if path.is_file() else 0
         return max(0, self.bytes - have)
+
+
+def beside(folder: Path) -> list[str]:
+    """The names of the files in a folder that belong to weights: settings and vocabularies."""
+    top = sorted(path.name for path in folder.iterdir() if VOCABULARY.fullmatch(path.name) and path.is_file())
+    return [name for name in SETTINGS if (folder / name).is_file()] + top
 
 
 def parse(ref: str) -> Source | None:
@@ -180,15 +192,13 @@ class Progress:
 
 def _wanted(source: Source, kind: str, listed: Mapping[str, Any]) -> list[str]:
     """The files of an artifact of this kind. Raises UserError when the repository has no such thing."""
-    names = {"adapter": ADAPTER, "tokenizer": (*CONFIG[:2], *TOKENIZER)}.get(kind, (*CONFIG, *TOKENIZER))
-    found = [name for name in names if name in listed]
-    found += sorted(
-        name for name in listed if kind != "adapter" and re.fullmatch(r"[A-Za-z0-9._-]{1,100}\.tiktoken", name)
-    )
+    settings = {"adapter": ADAPTER, "tokenizer": (*MODEL_SETTINGS[:2], *TOKENIZER_SETTINGS)}.get(kind, SETTINGS[:-1])
+    found = [name for name in settings if name in listed]
+    vocabularies = [] if kind == "adapter" else sorted(name for name in listed if VOCABULARY.fullmatch(name))
     weights = [INDEX] if INDEX in listed else [MODEL] if MODEL in listed else []
     if kind == "adapter" and len(found) < len(ADAPTER):
         raise UserError(f"this repository has no {' or no '.join(set(ADAPTER) - set(found))}.", where=str(source))
-    if kind == "tokenizer" and not any(name in VOCABULARIES or name.endswith(".tiktoken") for name in found):
+    if kind == "tokenizer" and not vocabularies:
         raise UserError("this repository has no tokenizer that we read.", where=str(source))
     if kind == "checkpoint" and ("config.json" not in found or not weights):
         what = "config.json" if weights else "safetensors"
@@ -198,7 +208,7 @@ def _wanted(source: Source, kind: str, listed: Mapping[str, Any]) -> list[str]:
         beside = f", but {', '.join(have)}" if have and not weights else ""
         pickled = "Pickled weights are never loaded: download them yourself, then `ownlm convert FOLDER --out DIR`."
         raise UserError(f"this repository has no {what}{beside}.", where=str(source), cure=pickled if beside else "")
-    return found + (weights if kind == "checkpoint" else [])
+    return found + vocabularies + (weights if kind == "checkpoint" else [])
 
 
 def _shards(source: Source, index: File, listed: Mapping[str, Any]) -> list[str]:
@@ -227,7 +237,9 @@ def _file(source: Source, commit: str, listed: Any) -> File:
     """A file as the hub describes it, checked: a size that can be, and a hash to hold it against."""
     lfs, blob = listed.lfs, listed.blob_id
     bytes = lfs.size if lfs else listed.size
-    most = SMALL_BYTES if listed.rfilename in (*BESIDE, INDEX) else FILE_BYTES
+    name = listed.rfilename
+    most = INDEX_BYTES if name == INDEX else SETTINGS_BYTES if name in SETTINGS else FILE_BYTES
+    most = VOCABULARY_BYTES if VOCABULARY.fullmatch(name) else most
     if type(bytes) is not int or not 0 <= bytes <= most:
         raise UserError(f"{listed.rfilename} has a size of {str(bytes)[:40]}.", where=str(source))
     sha256 = lfs.sha256 if lfs and isinstance(lfs.sha256, str) and SHA256.fullmatch(lfs.sha256) else None

@@ -63,6 +63,7 @@ def fetch(file: File, folder: Path, came: Callable[[int], object]) -> None:
     Raises Away, or ArtifactError when the content is not what was announced.
     """
     part = part_of(folder, file)
+    part.parent.mkdir(exist_ok=True)
     while True:
         resumed = part.stat().st_size if part.is_file() else 0
         if resumed > file.bytes:

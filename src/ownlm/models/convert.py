@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ownlm import hub
 from ownlm.errors import ArtifactError, NotFound, UserError
-from ownlm.hub import BESIDE
 from ownlm.models.tensorfile import read_header, shard_name, write_index
 from ownlm.models.weights import read_json
 from ownlm.report import Reporter, quantity, size
@@ -50,9 +50,9 @@ def convert(path: str | Path, *, out: str | Path, reporter: Reporter | None = No
         if len(files) > 1:
             write_index(folder, where, written)
         beside = source if source.is_dir() else source.parent
-        for name in BESIDE:
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, folder / name)
+        for name in hub.beside(beside):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(beside / name, folder / name)
     reporter.line(f"{target}: {quantity(len(where))} tensors, {size(written)}")
     reporter.event("converted", path=target, tensors=len(where), bytes=written)
     return target
