@@ -2,14 +2,14 @@
 
     python benchmarks/objectives.py ../shared/data [--only masked_lm …] [--steps 1.0]
 
-The text is wikitext-2's validation file (1.1 MB; its last tenth is held out). Beside each held-out loss stands the unigram entropy: the
-cross-entropy of the same targets under the frequencies of the targets in training, which is what a model knows that reads nothing. The probe
-is universal part of speech on UD English EWT (dev; three quarters of the sentences to fit, the others to score): a linear
-layer on frozen hidden states of the first token of each word, before and after pretraining.
+The text is wikitext-2's validation file (1.1 MB; its last tenth is held out). Beside each held-out loss stands the unigram
+entropy: the cross-entropy of the same targets under the frequencies of the targets in training, which is what a model knows
+that reads nothing. The probe is universal part of speech on UD English EWT (1,200 sentences of dev; three quarters to fit, the
+others to score): a linear layer on frozen hidden states of the first token of each word, before and after pretraining.
 
-The contrastive pairs are words of the same text and drawings of them (Pillow's font, random size and place, noise); its probe finds a drawing
-of one of 200 words that were never trained among the 200, by its spelling. Students of a teacher are compared with the same student, seed
-and steps without it.
+The contrastive pairs are words of the same text and drawings of them (Pillow's font, random size and place, noise); its
+probe finds a drawing of one of 200 words that were never trained among the 200, by its spelling. Students of a teacher are
+compared with the same student, seed and steps without it.
 """
 
 import argparse
@@ -234,7 +234,9 @@ def unigram_entropy(batches: Any, held_out: Iterable[Any], vocab_size: int) -> f
 # Students.
 
 
-def student_of(bench: Bench, teacher: nn.Module, text: Text, hf: dict[str, Any], hides: Any, settings: Distillation, steps: int) -> None:  # fmt: skip
+def student_of(
+    bench: Bench, teacher: nn.Module, text: Text, hf: dict[str, Any], hides: Any, settings: Distillation, steps: int
+) -> None:
     """The same student with and without its teacher, scored on the text."""
     name = "masked_lm" if hides else "causal_lm"
     losses, seconds = [], 0.0
@@ -278,7 +280,10 @@ def words_and_drawings(bench: Bench, steps: int) -> None:
     random.Random(1).shuffle(words)
     kept, never = words[200:], words[:200]
     tokenizer = build(kept, kind="byte", vocab_size=260)
-    ids = lambda some: padded([[*tokenizer.encode(word), tokenizer.eos_id] + [tokenizer.eos_id] * (10 - len(word)) for word in some], 0)[0]  # fmt: skip
+    # Each text ends in its end token; more of them stand for padding.
+    ids = lambda some: padded([[*tokenizer.encode(word), *[tokenizer.eos_id] * (11 - len(word))] for word in some], 0)[
+        0
+    ]
     tower = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 256, "num_hidden_layers": 3}
     hf = {
         "projection_dim": 64, "model_type": "clip",
