@@ -63,6 +63,11 @@ def of(kind: str, hf: dict[str, Any], objective: Any, **changes: Any) -> Pretrai
 
 CASES: dict[str, PretrainRecipe] = {
     "bert": of("bert", BERT, MaskedLM(whole_words=True)),
+    # RoBERTa counts places from behind the padding's id, which our tokenizers put at the end.
+    "roberta": replace(
+        of("bert", {**BERT, "model_type": "roberta", "max_position_embeddings": 400 + 64}, MaskedLM()),
+        name="roberta-base",
+    ),
     "t5": of("t5", T5, SpanCorruption()),
     "xlnet": of("xlnet", XLNET, PermutationLM()),
 }
