@@ -20,6 +20,7 @@ from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import decoders as d
 from ownlm.models.families import encoders as e
+from ownlm.models.families import gpt as g
 from ownlm.models.families import seq2seq as s
 from ownlm.models.families import vision as v
 from ownlm.models.families.family import Family
@@ -122,7 +123,7 @@ def read_own(fields: Fields) -> DecoderConfig:
         config: DecoderConfig = TypeAdapter(DecoderConfig).validate_python(raw)
     except ValidationError as error:
         fields.faults += [f"decoder.{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        return d.read_gpt2(Fields({}))
+        return g.read_gpt2(Fields({}))
     if TypeAdapter(DecoderConfig).dump_python(config, mode="json") != raw:
         fields.faults.append("decoder has fields that this version of ownlm doesn't write")
     return config
@@ -188,13 +189,13 @@ def _llava(name: str, read: Any) -> Family:
     return replace(family, spellings=v.SPELLINGS, copies={"lm_head.weight": "language.embed_tokens.weight"})
 
 
-WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
+WRITERS = {"gpt2": g.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
 MASKS = r".*attn(\.attention)?\.(bias|masked_bias)|.*attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": _decoder("GPT2LMHeadModel", d.read_gpt2, d.gpt2_names, prefix="transformer.", derived=MASKS),
-    "gpt_neo": _decoder("GPTNeoForCausalLM", d.read_gpt_neo, d.gpt_neo_names, prefix="transformer.", derived=MASKS),
-    "gpt_neox": _decoder("GPTNeoXForCausalLM", d.read_gpt_neox, d.gpt_neox_names, prefix="gpt_neox.", derived=MASKS),
+    "gpt2": _decoder("GPT2LMHeadModel", g.read_gpt2, g.gpt2_names, prefix="transformer.", derived=MASKS),
+    "gpt_neo": _decoder("GPTNeoForCausalLM", g.read_gpt_neo, g.gpt_neo_names, prefix="transformer.", derived=MASKS),
+    "gpt_neox": _decoder("GPTNeoXForCausalLM", g.read_gpt_neox, g.gpt_neox_names, prefix="gpt_neox.", derived=MASKS),
     "llama": _decoder("LlamaForCausalLM", d.read_llama),
     "mistral": _decoder("MistralForCausalLM", d.read_mistral),
     "mixtral": _decoder("MixtralForCausalLM", d.read_mixtral, d.mixtral_names),

@@ -7,6 +7,7 @@ from typing import Any
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.dual import DualConfig, TextConfig
 from ownlm.models.families import decoders as d
+from ownlm.models.families import gpt as g
 from ownlm.models.families.fields import Fields
 from ownlm.models.names import Table, To, nested
 from ownlm.models.specs import Attention, FeedForward, Layer, Norm, Rotary
@@ -151,7 +152,7 @@ def _part(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
 def read_clip_text(fields: Fields) -> TextConfig:
     """The text tower: GPT-2's shape with a sigmoid gelu. Alone, with a projection where the files have one."""
     fields.config = {**CLIP_TEXT, **fields.config}
-    decoder = d.gpt(
+    decoder = g.gpt(
         fields,
         width="hidden_size",
         layers="num_hidden_layers",
