@@ -22,8 +22,8 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ownlm.artifact import flush, require_space, storage
 from ownlm.errors import ArtifactError, NotFound
+from ownlm.storage import flush, require_space, storage
 
 Value: TypeAlias = "str | np.generic | NDArray[Any] | list[Any]"
 
@@ -108,18 +108,25 @@ def read(path: Path | str) -> File:
             return _Header(path, view).read()
 
 
-def stream(file: File) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """The bytes of each tensor, a view of the mapped file, in file order. Its pages are given back when the next is asked
-    for; they stay readable."""
+def stream(file: File) -> Iterator[tuple[str, NDArray[np.uint8], Callable[[int], None]]]:
+    """(name, bytes, give_back) of each tensor in file order: the bytes are a view of the mapped file, to be used before the
+    next are asked for. `give_back(bytes)` says how many were, so that the file doesn't stay in memory beside its copy."""
     with file.path.open("rb") as opened:
+        # Beyond the end of a file there is no memory: touching it would end the process.
+        if os.fstat(opened.fileno()).st_size < max((tensor.end for tensor in file.tensors.values()), default=1):
+            raise ArtifactError("the file was cut short after its header was read.", where=str(file.path))
         # Private and writable, because torch accepts no read-only memory; nobody writes to it.
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
     page = mmap.PAGESIZE
     for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1].start):
-        yield name, np.frombuffer(mapped, np.uint8, tensor.end - tensor.start, tensor.start)
-        first, last = -(-tensor.start // page) * page, tensor.end // page * page
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+        def give_back(done: int, first: int = -(-tensor.start // page) * page, tensor: TensorInfo = tensor) -> None:
+            last = (tensor.start + done) // page * page
+            if last > first and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+        yield name, np.frombuffer(mapped, np.uint8, tensor.end - tensor.start, tensor.start), give_back
+        give_back(tensor.end - tensor.start)
 
 
 class _Header:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ownlm.errors import UserError
 from ownlm.gguf import LAYOUTS
 from ownlm.models import ggml
-from ownlm.models.ggml import dequantize
+from ownlm.models.ggml import Blocks
 from ownlm.models.ggml_encode import ENCODERS, quantize
 
 Numbers = NDArray[np.float32]
@@ -32,12 +32,12 @@ def test_decoding_equals_the_reference_bit_for_bit(type: str) -> None:
     """Random bytes hold every scale there is, infinite and not-a-number ones too."""
     raw = np.random.default_rng(0).integers(0, 256, (3000, LAYOUTS[type].size), np.uint8)
     shape = (3, 1000, LAYOUTS[type].block)
-    ours = dequantize(type, torch.from_numpy(raw).view(-1), shape)
+    ours = Blocks(type, torch.from_numpy(raw).view(-1), shape).tensor()
     assert ours.shape == shape
     theirs = torch.from_numpy(decoded_by_reference(type, raw)).view(shape)
     same = (ours.view(torch.int32) == theirs.view(torch.int32)) | (ours.isnan() & theirs.isnan())
     assert bool(same.all())
-    half = dequantize(type, torch.from_numpy(raw).view(-1), shape, dtype=torch.bfloat16)
+    half = Blocks(type, torch.from_numpy(raw).view(-1), shape).tensor(torch.bfloat16)
     assert torch.equal(half.nan_to_num(0.5), theirs.bfloat16().nan_to_num(0.5))
 
 
@@ -46,9 +46,9 @@ def test_plain_numbers(type: str) -> None:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[type]
     numbers = torch.randn(6, 4).to(dtype)
     raw = torch.cat(list(quantize(type, numbers)))
-    assert torch.equal(dequantize(type, raw, (6, 4), dtype=dtype), numbers)
+    assert torch.equal(Blocks(type, raw, (6, 4)).tensor(dtype), numbers)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), raw])[1:]  # bytes at an odd address
-    assert torch.equal(dequantize(type, shifted, (6, 4)), numbers.float())
+    assert torch.equal(Blocks(type, shifted, (6, 4)).tensor(), numbers.float())
 
 
 @pytest.mark.parametrize("type", ["F16", "BF16"])
@@ -60,7 +60,7 @@ def test_plain_numbers_are_rounded_as_the_reference_rounds_them(type: str) -> No
 
 def test_a_type_that_cant_be_read() -> None:
     with pytest.raises(UserError, match=r"tensors of type IQ2_XXS can't be read. Known: F32.* Take another file"):
-        dequantize("IQ2_XXS", torch.zeros(66, dtype=torch.uint8), (256,))
+        Blocks("IQ2_XXS", torch.zeros(66, dtype=torch.uint8), (256,)).tensor()
 
 
 # ── Encoding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +86,7 @@ def relative_error(type: str, raw: NDArray[np.uint8], wanted: Numbers) -> float:
 # The same measure of ggml's own quantisers (`quantize_row_…_ref` of llama.cpp in llama-cpp-python 0.3.36) on these numbers.
 GGML_ERRORS = {
     "Q4_0": {"normal": 7.4197e-3, "heavy": 1.3274e-2, "uniform": 4.2245e-3, "shifted": 5.7309e-3},
+    "Q5_0": {"normal": 1.8337e-3, "heavy": 3.3117e-3, "uniform": 9.7110e-4, "shifted": 1.4300e-3},
     "Q4_K": {"normal": 5.1163e-3, "heavy": 7.4728e-3, "uniform": 2.9793e-3, "shifted": 2.5362e-3},
     "Q5_K": {"normal": 1.3070e-3, "heavy": 1.9096e-3, "uniform": 7.6169e-4, "shifted": 6.4923e-4},
     "Q6_K": {"normal": 3.1652e-4, "heavy": 5.1309e-4, "uniform": 1.8309e-4, "shifted": 2.5068e-4},
@@ -128,7 +129,9 @@ def test_numbers_on_the_grid_come_back(type: str) -> None:
     random = np.random.default_rng(2)
     raw = encoded(type, random.normal(size=256 * 64).astype(np.float32))
     wanted = decoded_by_reference(type, raw)
-    assert relative_error(type, encoded(type, wanted), wanted) < {"Q8_0": 1e-12, "Q4_0": 1e-7}.get(type, 2e-4)
+    assert relative_error(type, encoded(type, wanted), wanted) < {"Q8_0": 1e-12, "Q4_0": 1e-7, "Q5_0": 1e-7}.get(
+        type, 2e-4
+    )
 
 
 @pytest.mark.parametrize("type", ENCODERS)
@@ -145,8 +148,16 @@ def test_strange_blocks(type: str) -> None:
     assert not found[0].any()
     assert not found[5].any()  # below the smallest scale
     assert np.abs(found - blocks)[[1, 2, 3, 4]].max() < 4e-3
-    assert np.abs(found - blocks)[6].max() < {"Q4_0": 4000, "Q4_K": 2200}.get(type, 1100)
+    assert np.abs(found - blocks)[6].max() < {"Q4_0": 4000, "Q5_0": 2000, "Q4_K": 2200}.get(type, 1100)
     assert np.abs(found - blocks)[7].max() < (0.07 if type == "Q4_0" else 0.04)
+
+
+def test_numbers_that_a_type_cant_hold() -> None:
+    with pytest.raises(UserError, match=r"w: it holds a number that F16 can't. Take BF16 or F32"):
+        list(quantize("F16", torch.tensor([1e5]), where="w"))
+    for number in (torch.nan, torch.inf):
+        with pytest.raises(UserError, match=r"w: it holds a number that isn't finite"):
+            list(quantize("Q4_K", torch.full((256,), number), where="w"))
 
 
 @pytest.mark.parametrize("type", ENCODERS)
@@ -158,4 +169,6 @@ def test_pieces_are_the_whole(type: str, monkeypatch: pytest.MonkeyPatch) -> Non
     pieces = list(quantize(type, tensor))
     assert len(pieces) == 8
     assert torch.equal(torch.cat(pieces), whole)
-    assert torch.equal(dequantize(type, whole, (2**14,)), torch.from_numpy(decoded_by_reference(type, whole.numpy())))
+    assert torch.equal(
+        Blocks(type, whole, (2**14,)).tensor(), torch.from_numpy(decoded_by_reference(type, whole.numpy()))
+    )

@@ -13,7 +13,8 @@ numbers bit for bit. `ggml_encode.py` is the other direction.
 Shapes: N blocks, S bytes of a block, G numbers in it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -30,25 +31,44 @@ IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the value, so that all are whole
 
 
-def dequantize(type: str, raw: Tensor, shape: Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The numbers of a tensor in `dtype`, from its bytes (uint8, any length of whole blocks). Raises UserError for a type
-    that can't be read. A plain type that is asked for as it is stored comes back as a view."""
-    if type in PLAIN:
-        # Bytes that begin at an odd address can't be looked at as wider numbers.
-        aligned = raw.data_ptr() % PLAIN[type].itemsize == 0
-        return (raw if aligned else raw.clone()).view(PLAIN[type]).view(*shape).to(dtype)
-    if type not in DECODERS:
-        raise UserError(
-            f"tensors of type {type} can't be read.",
-            cure=f"Known: {', '.join([*PLAIN, *DECODERS])}. Take another file of the model.",
-        )
-    layout, decode = LAYOUTS[type], DECODERS[type]
-    blocks_NS = raw.view(-1, layout.size)
-    out_NG = torch.empty(len(blocks_NS), layout.block, dtype=dtype)
-    step = CHUNK // layout.block
-    for at in range(0, len(blocks_NS), step):
-        out_NG[at : at + step] = decode(blocks_NS[at : at + step])
-    return out_NG.view(*shape)
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A tensor of a file as its bytes (uint8), whole blocks of `type`; `give_back(bytes)` is told how far decoding got."""
+
+    type: str
+    raw: Tensor
+    shape: tuple[int, ...]
+    give_back: Callable[[int], None] = lambda done: None
+
+    def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Its numbers; a view of the bytes where they are plain and of that dtype already. UserError: a type that can't be
+        read."""
+        if self.type in PLAIN:
+            # Bytes that begin at an odd address can't be looked at as wider numbers.
+            aligned = self.raw.data_ptr() % PLAIN[self.type].itemsize == 0
+            return (self.raw if aligned else self.raw.clone()).view(PLAIN[self.type]).view(self.shape).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype)
+        self.into(out)
+        return out
+
+    def into(self, *outs: Tensor) -> None:
+        """Decode into contiguous tensors that share the rows among them in this order, of any dtype, on any device, a chunk at
+        a time."""
+        if self.type not in DECODERS:
+            raise UserError(
+                f"tensors of type {self.type} can't be read.",
+                cure=f"Known: {', '.join([*PLAIN, *DECODERS])}. Take another file of the model.",
+            )
+        layout, decode = LAYOUTS[self.type], DECODERS[self.type]
+        blocks_NS, step = self.raw.view(-1, layout.size), CHUNK // layout.block
+        first = 0
+        for out in outs:
+            out_NG = out.view(-1, layout.block)
+            for at in range(0, len(out_NG), step):
+                end = min(at + step, len(out_NG))
+                out_NG[at:end] = decode(blocks_NS[first + at : first + end])
+                self.give_back((first + end) * layout.size)
+            first += len(out_NG)
 
 
 def _half(bytes_N2: Tensor) -> Tensor:

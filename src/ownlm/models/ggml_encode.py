@@ -13,6 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ownlm.errors import UserError
 from ownlm.gguf import LAYOUTS
 from ownlm.models.ggml import CHUNK, PLAIN
 
@@ -20,13 +21,18 @@ Encoder: TypeAlias = Callable[[Tensor], Tensor]
 HALF_ROUNDS = 0.49999997  # the number before 0.5: adding it and cutting off rounds halves away from zero, as C's roundf
 
 
-def quantize(type: str, tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes (uint8) of a tensor in pieces, in order. Its rows must be whole blocks; numbers must be finite."""
-    flat = tensor.detach().reshape(-1)
-    for chunk in torch.split(flat, CHUNK):
+def quantize(type: str, tensor: Tensor, *, where: str = "") -> Iterator[Tensor]:
+    """The bytes (uint8) of a tensor in pieces, in order. Its rows must be whole blocks. UserError, naming `where`, for numbers
+    that the type can't hold."""
+    for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
         if type in PLAIN:
-            yield chunk.to(PLAIN[type]).contiguous().view(torch.uint8)
+            plain = chunk.to(PLAIN[type]).contiguous()
+            if not plain.isfinite().all():
+                raise UserError(f"it holds a number that {type} can't.", where=where, cure="Take BF16 or F32.")
+            yield plain.view(torch.uint8)
         else:
+            if not chunk.isfinite().all():
+                raise UserError("it holds a number that isn't finite: the model is broken.", where=where)
             yield ENCODERS[type](chunk.float().view(-1, LAYOUTS[type].block)).view(-1)
 
 
@@ -68,6 +74,12 @@ def q4_0(x_NG: Tensor) -> Tensor:
     d_N1 = _symmetric(x_NG, 8, steps=Q4_STEPS)
     q_NG = (x_NG * _inverse(_as_half(d_N1))).round_().clamp_(-8, 7).add_(8)
     return torch.cat([_half(d_N1), _pack(q_NG, 4, span=16)], 1)
+
+
+def q5_0(x_NG: Tensor) -> Tensor:
+    d_N1 = _symmetric(x_NG, 16, steps=Q6_STEPS)
+    q_NG = (x_NG * _inverse(_as_half(d_N1))).round_().clamp_(-16, 15).add_(16).to(torch.uint8)
+    return torch.cat([_half(d_N1), _pack(q_NG >> 4, 1, span=1), _pack(q_NG & 15, 4, span=16)], 1)
 
 
 def _symmetric(x_NG: Tensor, most: int, *, steps: tuple[float, ...]) -> Tensor:
@@ -190,4 +202,4 @@ Q4_STEPS = (-1.8, -1.3, -0.8, -0.4, 0.1, 0.6)
 Q6_STEPS = (-0.9, -0.4, 0.1, 0.6)
 K_STEPS = (-1.5, -0.8, -0.2, 0.5)
 
-ENCODERS: dict[str, Encoder] = {"Q8_0": q8_0, "Q4_0": q4_0, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
+ENCODERS: dict[str, Encoder] = {"Q8_0": q8_0, "Q4_0": q4_0, "Q5_0": q5_0, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
