@@ -20,6 +20,7 @@ PUBLIC = {
     "Model": "ownlm.generate.model",
     "build": "ownlm.api",
     "convert": "ownlm.models.convert",
+    "export": "ownlm.release.export",
     "finetune": "ownlm.api",
     "load": "ownlm.generate.model",
     "pretrain": "ownlm.api",

@@ -146,6 +146,27 @@ def convert(args: Arguments, reporter: Reporter) -> None:
     run(args.path, out=args.out, reporter=reporter)
 
 
+def export(args: Arguments, reporter: Reporter) -> None:
+    """Write a model for other programs: one GGUF file for llama.cpp, or a Hugging Face folder. What was written is loaded back
+    and compared with the original."""
+    from dataclasses import asdict
+
+    from ownlm.release.export import export as run
+
+    done = run(
+        args.ref,
+        to=args.to,
+        quantization=args.quantization,
+        out=args.out,
+        adapter=args.adapter,
+        workspace=_workspace(reporter),
+    )
+    for note in done.notes:
+        reporter.line(note)
+    reporter.line(done.told)
+    reporter.event("exported", **asdict(done))
+
+
 def serve(args: Arguments, reporter: Reporter) -> None:
     """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
     from ownlm.serve.server import serve as run
@@ -170,7 +191,7 @@ class Command:
     help: str = ""
 
 
-REF = ("ref", {"metavar": "NAME", "help": "name, name@version, a folder, or hf:owner/name[@revision]"})
+REF = ("ref", {"metavar": "NAME", "help": "name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]"})
 OVERRIDE = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "change a value of the recipe, e.g. pretrain.steps=200"},
@@ -227,6 +248,23 @@ COMMANDS: dict[str, Command] = {
         arguments=(
             ("path", {"metavar": "PATH", "help": "a folder with pytorch_model.bin, or a file of torch.save"}),
             ("--out", {"metavar": "DIR", "required": True, "help": "the folder to write; it must not exist"}),
+        ),
+    ),
+    "export": Command(
+        run=export,
+        arguments=(
+            REF,
+            ("--to", {"choices": ("gguf", "hf"), "default": "gguf", "help": "the form (default gguf)"}),
+            (
+                "--quantization",
+                {
+                    "default": "Q8_0",
+                    "choices": ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"),
+                    "help": "how GGUF keeps the matrices (default Q8_0)",
+                },
+            ),
+            ("--out", {"metavar": "PATH", "required": True, "help": "the .gguf file, or the new folder"}),
+            ADAPTER,
         ),
     ),
     "serve": Command(

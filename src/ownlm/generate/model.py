@@ -22,16 +22,15 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Artifact, Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.answers import Answer, as_sampling, plain
+from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.vision import ImageClassifier, ImageText
-from ownlm.models import peft
-from ownlm.models.adapters import merge
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
@@ -39,7 +38,6 @@ from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.models.weights import load_model
 from ownlm.records import Completion, Message
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
@@ -61,8 +59,9 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """The model of a reference: name, name@version, a folder, or hf:owner/name[@revision]. A `Model`, ready to generate; for
-    an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its base.
+    """The model of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. A `Model`, ready to
+    generate; for an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its
+    base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
@@ -70,31 +69,12 @@ def load(
     """
     workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
-    path, adapters = Path(ref), [] if adapter is None else [adapter]
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
-        name, full_ref, digest = path.resolve().name, str(ref), ""
-    elif (path / peft.CONFIG).is_file() and not (path / "manifest.json").is_file():
-        raise UserError("this is an adapter without its base.", where=str(ref), cure="Load the base, adapter=this.")
-    else:
-        artifact = workspace.open(ref, kind=("checkpoint", "adapter"))
-        name, full_ref, digest = artifact.name, artifact.ref, artifact.digest
-        if artifact.kind == "adapter":
-            adapters.insert(0, artifact.path)
-            artifact = base_of(artifact, workspace)
-        path = artifact.path
-    module = load_model(path, dtype=torch.float32 if adapters else dtype or torch.float32, device=where)
-    for one in adapters:
-        in_folder = (Path(one) / peft.CONFIG).is_file()
-        peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
-        merge(module)
-    if adapters:
-        module.to(dtype or torch.float32)
-    if adapter is not None:
-        full_ref, digest = f"{full_ref} + {adapter}", ""
+    found = open_checkpoint(ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32)
+    module = found.module
     if type(module) not in OPENERS:
         kind = module.hf["model_type"]
         raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
-    model: Loaded = OPENERS[type(module)](module, path, name=name, ref=full_ref, digest=digest)
+    model: Loaded = OPENERS[type(module)](module, found.path, name=found.name, ref=found.ref, digest=found.digest)
     return model
 
 
@@ -130,15 +110,6 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
-
-
-def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
-    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
-    source = adapter.manifest.inputs["checkpoint"]
-    base = workspace.open(source["ref"], "checkpoint")
-    if base.digest != source["digest"]:
-        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
-    return base
 
 
 class Model:
@@ -402,7 +373,7 @@ def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]
 
 
 def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
-    return Model(module, Tokenizer.load(path), **about)
+    return Model(module, tokenizer_of(path), **about)
 
 
 def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:

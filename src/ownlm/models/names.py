@@ -7,15 +7,17 @@ writing and any other format with names of its own.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ownlm.models.ggml import Blocks
+
 Layout = Literal[
-    "same", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in",
+    "same", "plus_one", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in",
     "leading", "scalar",
 ]  # fmt: skip
 BY_ROW: tuple[Layout, ...] = ("same", "gate_up_pairs", "experts_transposed")  # row n of the file is row n of ours
@@ -54,9 +56,15 @@ class Stored:
         """The shape in the file."""
         return tuple(self.pack({name: ours[name].to("meta") for name, _ in self.parts}).shape)
 
-    def place(self, stored: Tensor, ours: Mapping[str, Tensor], give_back: Callable[[int], None] | None = None) -> None:
+    def place(
+        self, stored: Tensor | Blocks, ours: Mapping[str, Tensor], give_back: Callable[[int], None] | None = None
+    ) -> None:
         """Copy a stored tensor into ours, in their dtype. `give_back(rows)` is told how far it got, where it goes by rows."""
         targets, unpack = [_part(ours, part) for part in self.parts], LAYOUTS[self.layout][1]
+        if isinstance(stored, Blocks):
+            if self.layout == "same":
+                return stored.into(*targets)
+            stored, give_back = stored.tensor(targets[0].dtype), None
         if stored.ndim < 2 or self.layout not in BY_ROW or (len(targets) > 1 and self.layout == "same"):
             whole = unpack(stored, self.count)
             for target, part in zip(targets, torch.split(whole, [len(t) for t in targets]), strict=True):
@@ -73,24 +81,21 @@ class Stored:
 
 def stored_tensors(table: Table, parameters: Mapping[str, Tensor]) -> list[Stored]:
     """Every stored tensor of a model with these parameters. AssertionError for one that the table has no name for."""
-    rows = {key if isinstance(key, tuple) else (key,): value for key, value in table.items()}
+    rows = _rows(table)
     firsts = {keys[0]: keys for keys in rows}
     joined = {key for keys in rows for key in keys[1:]}
     stored = []
     for name, parameter in parameters.items():
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-        general = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
-        words = general.split(".")
-        heads = [".".join(words[:size]) for size in range(len(words), 0, -1)]
-        found = next((head for head in heads if head in firsts or head in joined), None)
+        general, number = _general(name)
+        found = _longest(general, firsts.keys() | joined)
         assert found is not None, f"{name} has no name in the file"
         if found in joined:
             continue
         keys, rest = firsts[found], general[len(found) :]
         to = rows[keys]
         to = To(to) if isinstance(to, str) else to
-        pattern = (to.name + rest).replace("{}", numbers[0] if numbers else "{}")
-        members = [(key + rest).replace("{}", numbers[0] if numbers else "{}") for key in keys]
+        pattern = (to.name + rest).replace("{}", number)
+        members = [(key + rest).replace("{}", number) for key in keys]
         # A name without its suffix ("experts.gate_proj") is a raw tensor: the suffix of the row's name is its own.
         experts = range(len(parameter)) if "{expert}" in pattern else [None]
         for expert in experts:
@@ -113,6 +118,27 @@ def nested(table: Table, ours: str, stored: str) -> Table:
         keys = f"{ours}{key}" if isinstance(key, str) else tuple(f"{ours}{one}" for one in key)
         rows[keys] = To(stored + inner.name, inner.layout, inner.count)
     return rows
+
+
+def nameless(table: Table, parameters: Iterable[str]) -> list[str]:
+    """The parameters that the table has no name for."""
+    heads = {key for keys in _rows(table) for key in keys}
+    return [name for name in parameters if _longest(_general(name)[0], heads) is None]
+
+
+def _rows(table: Table) -> dict[tuple[str, ...], str | To]:
+    return {key if isinstance(key, tuple) else (key,): value for key, value in table.items()}
+
+
+def _general(name: str) -> tuple[str, str]:
+    """A name with {} for its first number, and the number."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1), numbers[0] if numbers else "{}"
+
+
+def _longest(general: str, heads: Set[str]) -> str | None:
+    words = general.split(".")
+    return next((head for size in range(len(words), 0, -1) if (head := ".".join(words[:size])) in heads), None)
 
 
 def _part(ours: Mapping[str, Tensor], part: Part) -> Tensor:
@@ -203,6 +229,14 @@ def _from_scalar(x: Tensor, count: int) -> Tensor:
     return x.reshape(1)
 
 
+def _plus_one(x: Tensor, count: int) -> Tensor:
+    return x.float() + 1.0
+
+
+def _minus_one(x: Tensor, count: int) -> Tensor:
+    return x.float() - 1.0
+
+
 def _same(x: Tensor, count: int) -> Tensor:
     return x
 
@@ -219,6 +253,7 @@ LAYOUTS: dict[Layout, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, i
     "heads_in": (_heads_in, _from_heads_in),
     "leading": (_leading, _from_leading),
     "scalar": (_scalar, _from_scalar),
+    "plus_one": (_plus_one, _minus_one),
 }  # (ours -> stored, stored -> ours)
 
 

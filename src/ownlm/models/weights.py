@@ -6,7 +6,7 @@ names those that aren't so. Nothing is allocated before that is known.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ownlm.errors import ArtifactError, NotFound
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
+from ownlm.models.families.family import Opened, Tensors
+from ownlm.models.gguf_read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
 from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
@@ -22,40 +24,52 @@ from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tens
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_model(directory: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
-    """The model of a Hugging Face directory, in `dtype` (None: as it is stored), ready for inference or training.
+def load_model(path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+    """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks),
+    ready for inference or training.
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
     """
-    root = Path(directory)
-    hf = read_json(root / "config.json")
-    files = _files(root)
-    held = frozenset(name for entries in files.values() for name in entries)
-    config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
-    pooling = read_pooling(root)
+    root = Path(path)
+    opened = open_gguf(root) if root.is_file() else _open(root)
+    family, files = opened.family, opened.files
     with torch.device("meta"):
-        model: Any = family.build(config, hf)
+        model: Any = family.build(opened.config, opened.hf)
     ours = dict(model.named_parameters())
-    names = Names(family, stored_tensors(family.names(config), ours), held)
+    held = frozenset(name for entries in files.values() for name in entries)
+    names = Names(family, stored_tensors(family.names(opened.config), ours), held)
     tied = hasattr(model, "head_weight") and not any(name.endswith("lm_head.weight") for name in ours)
     _match(names, ours, files, root, tied=tied)
     stored = next(entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name))
     model = model.to(dtype or stored).to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
-    for path, entries in files.items():
-        for name, tensor, give_back in read_tensors(path, entries):
-            if (target := names.find(name)) is not None:
-                target.place(tensor, ours, give_back)
-            elif not names.derived(name):
-                second[name] = tensor.to(dtype or stored, copy=True)
+    for name, tensor, give_back in opened.tensors():
+        if (target := names.find(name)) is not None:
+            target.place(tensor, ours, give_back)
+        elif not names.derived(name):
+            whole = tensor if isinstance(tensor, Tensor) else tensor.tensor()
+            second[name] = whole.to(dtype or stored, copy=True)
     for name, tensor in second.items():
         twin = names.copy_of(name, ours)
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
             raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
-    model.pooling = pooling
+    model.pooling = opened.pooling
     return model.eval()
+
+
+def _open(root: Path) -> Opened:
+    hf = read_json(root / "config.json")
+    files = _files(root)
+    held = frozenset(name for entries in files.values() for name in entries)
+    config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
+
+    def tensors() -> Iterator[Tensors]:
+        for path, entries in files.items():
+            yield from read_tensors(path, entries)
+
+    return Opened(hf=hf, config=config, family=family, files=files, tensors=tensors, pooling=read_pooling(root))
 
 
 class Names:

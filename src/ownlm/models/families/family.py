@@ -1,13 +1,17 @@
 """What a family of models is: a way to read its config.json and the names of its tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ownlm.models.families.fields import Fields
+from ownlm.models.ggml import Blocks
 from ownlm.models.names import Table
+from ownlm.models.pooling import Pooling
+from ownlm.models.tensorfile import Entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +36,20 @@ class Family:
     derived: str = r"(?!)"
     spellings: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+
+
+# (name, tensor, give_back): to be copied before the next is asked for; `give_back(rows)` says how far that got.
+Tensors: TypeAlias = tuple[str, Tensor | Blocks, Callable[[int], None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A checkpoint before its weights are read: its config.json, what it means, the tensors of each file, and a way to read
+    them in turn."""
+
+    hf: Mapping[str, Any]
+    config: Any
+    family: Family
+    files: Mapping[Path, Mapping[str, Entry]]
+    tensors: Callable[[], Iterator[Tensors]]
+    pooling: Pooling | None = None

@@ -1,0 +1,81 @@
+"""A reference -> the module of its weights, adapters merged, and where the files beside them are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ownlm import gguf
+from ownlm.artifact import Artifact, Workspace
+from ownlm.errors import ArtifactError, UserError
+from ownlm.models import peft
+from ownlm.models.adapters import merge
+from ownlm.models.weights import load_model
+from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import from_gguf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files."""
+
+    module: Any
+    path: Path
+    name: str
+    ref: str
+    digest: str
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's directory, or inside its GGUF file. Raises NotFound or UserError where there is none."""
+    return from_gguf(gguf.read(path).metadata) if path.is_file() else Tokenizer.load(path)
+
+
+def open_checkpoint(
+    ref: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    workspace: Workspace,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Checkpoint:
+    """The checkpoint of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. An adapter comes
+    with its base.
+
+    adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
+    dtype    of the weights; None: as they are stored (float32 after a merge)
+    Raises NotFound, ArtifactError when a file is damaged or missing.
+    """
+    path, adapters = Path(ref), [] if adapter is None else [adapter]
+    name, full_ref, digest = path.resolve().name, str(ref), ""
+    if path.suffix == ".gguf":
+        name = path.stem
+    elif (path / peft.CONFIG).is_file() and not (path / "manifest.json").is_file():
+        raise UserError("this is an adapter without its base.", where=str(ref), cure="Load the base, adapter=this.")
+    elif not (path / "config.json").is_file() or (path / "manifest.json").is_file():
+        artifact = workspace.open(ref, kind=("checkpoint", "adapter"))
+        name, full_ref, digest = artifact.name, artifact.ref, artifact.digest
+        if artifact.kind == "adapter":
+            adapters.insert(0, artifact.path)
+            artifact = base_of(artifact, workspace)
+        path = artifact.path
+    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device)
+    for one in adapters:
+        in_folder = (Path(one) / peft.CONFIG).is_file()
+        peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
+        merge(module)
+    if adapters and dtype is not None:
+        module.to(dtype)
+    if adapter is not None:
+        full_ref, digest = f"{full_ref} + {adapter}", ""
+    return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest)
+
+
+def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
+    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
+    source = adapter.manifest.inputs["checkpoint"]
+    base = workspace.open(source["ref"], "checkpoint")
+    if base.digest != source["digest"]:
+        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
+    return base

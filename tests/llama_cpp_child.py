@@ -1,0 +1,110 @@
+"""Runs inside an environment that has llama-cpp-python, and imports nothing of ours: tokens in, tokens and logits out.
+
+    {"model": path, "prompt": [ids], "tokens": 100}  ─►  {"tokens": [ids], "logits": [[…] of each place of the prompt]}
+    {"model": path, "hidden": [ids]}                 ─►  {"hidden": [[…] of each token]}, of an encoder
+    {"model": path, "texts": ["…"]}                  ─►  {"ids": [[…]]}
+
+One request a line on standard input, one answer a line on standard output; llama.cpp's own log goes nowhere.
+"""
+
+import ctypes
+import json
+import sys
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+
+@llama_cpp.llama_log_callback
+def silent(level: int, text: bytes, data: Any) -> None:
+    if level >= 4:  # errors: the reason why a file is refused
+        sys.stderr.write(text.decode(errors="replace"))
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    settings = llama_cpp.llama_model_default_params()
+    settings.vocab_only = "texts" in request
+    settings.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(request["model"].encode(), settings)
+    if not model:
+        return {"error": "llama.cpp can't load the file"}
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    try:
+        if "texts" in request:
+            return {"ids": [tokenize(vocabulary, text) for text in request["texts"]]}
+        if "hidden" in request:
+            return {"hidden": hidden(model, request["hidden"])}
+        return complete(model, vocabulary, request["prompt"], request["tokens"])
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def tokenize(vocabulary: Any, text: str) -> list[int]:
+    raw = text.encode()
+    ids = (ctypes.c_int32 * (len(raw) + 8))()
+    count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), ids, len(ids), False, False)
+    assert count >= 0, count
+    return list(ids[:count])
+
+
+def hidden(model: Any, ids: list[int]) -> list[list[float]]:
+    """What an encoder makes of each token, before any pooling."""
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(256, len(ids))
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.embeddings, settings.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, settings)
+    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+    fill(batch, ids, 0)
+    assert llama_cpp.llama_encode(context, batch) == 0
+    size = llama_cpp.llama_model_n_embd(model)
+    rows = [llama_cpp.llama_get_embeddings_ith(context, at) for at in range(len(ids))]
+    found = [np.ctypeslib.as_array(row, (size,)).tolist() for row in rows]
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    return found
+
+
+def fill(batch: Any, ids: list[int], first: int) -> None:
+    batch.n_tokens = len(ids)
+    for at, token in enumerate(ids):
+        batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, first + at, 1
+        batch.seq_id[at][0], batch.logits[at] = 0, 1
+
+
+def complete(model: Any, vocabulary: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """Greedy: the prompt in one batch, then token by token; keys and values in F32, as ours are."""
+    settings = llama_cpp.llama_context_default_params()
+    length = len(prompt) + tokens
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = -(-length // 256) * 256
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = llama_cpp.llama_init_from_model(model, settings)
+    assert context
+    size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+    batch = llama_cpp.llama_batch_init(length, 0, 1)
+
+    def run(ids: list[int], first: int) -> np.ndarray:
+        fill(batch, ids, first)
+        assert llama_cpp.llama_decode(context, batch) == 0
+        rows = [llama_cpp.llama_get_logits_ith(context, at) for at in range(len(ids))]
+        return np.stack([np.ctypeslib.as_array(row, (size,)).copy() for row in rows])
+
+    logits = run(prompt, 0)
+    found, last = [], logits[-1]
+    for _ in range(tokens):
+        found.append(int(last.argmax()))
+        last = run(found[-1:], len(prompt) + len(found) - 1)[-1]
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    return {"tokens": found, "logits": logits.tolist()}
+
+
+if __name__ == "__main__":
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)

@@ -1,0 +1,145 @@
+"""Exports are compared with the original, whole or not there, and refused where the format can't hold them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf as reference
+import pytest
+import torch
+from encoder_references import save_encoder
+from references import CONFIGS, difference, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ownlm
+from ownlm.cli import main
+from ownlm.errors import NotFound, UserError
+from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.families import from_hf
+from ownlm.models.weights import save_model
+from ownlm.release.export import TEXT, export
+
+TOKENIZER = Path(__file__).parents[3] / "shared" / "vectors" / "torchtitan"
+pytestmark = pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs ../shared/vectors/torchtitan")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of our own with a tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    hf = CONFIGS["qwen3"] | {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 256}
+    model = init_weights(Decoder(from_hf(hf)[0], hf), zero_output=False, embedding_std=0.5)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    save_model(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder)
+    return folder
+
+
+def test_gguf(checkpoint: Path, tmp_path: Path) -> None:
+    done = export(checkpoint, out=tmp_path / "tiny.gguf", quantization="F32")
+    assert (done.kind, done.architecture, done.notes, done.writes) == ("gguf", "qwen3", (), True)
+    assert done.bytes == (tmp_path / "tiny.gguf").stat().st_size
+    assert (done.max_difference, done.agreement, done.compared_tokens) == (0.0, 1.0, 256)
+    assert done.max_value > 5
+    fields = reference.GGUFReader(done.path).fields
+    assert fields["general.name"].contents() == "tiny"
+    assert fields["general.file_type"].contents() == 0
+    ours, theirs = ownlm.load(checkpoint), ownlm.load(tmp_path / "tiny.gguf")
+    assert theirs.name == "tiny"
+    assert theirs.tokenizer.encode(TEXT) == ours.tokenizer.encode(TEXT)
+    for prompt in ("Once", "def f(", "1 2 3"):
+        assert theirs.generate(prompt, max_tokens=30) == ours.generate(prompt, max_tokens=30)
+
+
+def test_coarser_types_differ_more(checkpoint: Path, tmp_path: Path) -> None:
+    found = {
+        q: export(checkpoint, out=tmp_path / f"{q}.gguf", quantization=q)
+        for q in ("F16", "Q8_0", "Q6_K", "Q4_K", "Q4_0")
+    }
+    differences = [each.max_difference for each in found.values()]
+    assert 0 < differences[0] < 0.1
+    assert differences == sorted(differences)
+    sizes = [each.bytes for each in found.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert found["F16"].agreement > found["Q4_0"].agreement > 0.3
+
+
+def test_a_hugging_face_folder(checkpoint: Path, tmp_path: Path) -> None:
+    """Also of a GGUF file, whose config and tokenizer transformers then reads."""
+    export(checkpoint, out=tmp_path / "tiny.gguf", quantization="F16")
+    done = export(tmp_path / "tiny.gguf", to="hf", out=tmp_path / "again")
+    assert (done.kind, done.architecture, done.max_difference, done.agreement) == ("hf", "qwen3", 0.0, 1.0)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float16"
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "again"), ownlm.load(tmp_path / "tiny.gguf")
+    ids = ours.tokenizer.encode(TEXT)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == ids
+    with torch.inference_mode():
+        assert difference(ours.logits([ids]), theirs(torch.tensor([ids])).logits) <= 1e-5
+    with pytest.raises(UserError, match=r"there is something of that name already. Name a new folder"):
+        export(checkpoint, to="hf", out=tmp_path / "again")
+    assert sorted(os.listdir(tmp_path)) == ["again", "tiny.gguf"]
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    save_encoder("bert", "Model", tmp_path / "hf")
+    done = export(tmp_path / "hf", out=tmp_path / "bert.gguf", quantization="F16")
+    assert not done.writes
+    assert done.agreement > 0.9999
+    assert 0 < done.max_difference < 0.05
+    assert "cosine of the text's vectors 1.0" in done.told or "0.9999" in done.told
+    assert "There is no tokenizer with the model: the file takes token ids only." in done.notes
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    save(CONFIGS["mistral"], tmp_path / "hf")
+    done = export(tmp_path / "hf", out=tmp_path / "a.gguf", quantization="F32")
+    assert done.compared_tokens == 24  # where llama.cpp ends its context
+    assert done.max_difference < 1e-4
+    assert [note.split(":")[0] for note in done.notes] == [
+        "llama.cpp has no windows in llama models", "There is no tokenizer with the model",
+    ]  # fmt: skip
+    again = export(tmp_path / "a.gguf", to="hf", out=tmp_path / "again")
+    assert again.notes == ("There is no tokenizer with the model.",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"to": "onnx"}, "to: 'onnx' is no format. There are: gguf, hf"),
+        ({"quantization": "Q3_K"}, "quantization: 'Q3_K' is none. There are: F32, F16"),
+        ({"out": "model.bin"}, "this isn't the name of a GGUF file. Let it end in .gguf"),
+        ({"out": "nowhere/model.gguf"}, "nowhere: there is no such folder"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], told: str, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / arguments.pop("out", "model.gguf")
+    with pytest.raises(UserError) as raised:
+        export(checkpoint, out=out, **arguments)
+    assert told in str(raised.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_what_the_format_cant_hold_leaves_nothing(tmp_path: Path) -> None:
+    save(CONFIGS["gpt-neo"], tmp_path / "hf")
+    with pytest.raises(UserError, match=r"llama.cpp has no architecture that computes this model"):
+        export(tmp_path / "hf", out=tmp_path / "a.gguf")
+    assert os.listdir(tmp_path) == ["hf"]
+    with pytest.raises(NotFound):
+        export(tmp_path / "none.gguf", out=tmp_path / "a.gguf")
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "tiny.gguf")
+    assert main(["export", str(checkpoint), "--to", "gguf", "--quantization", "Q4_K", "--out", out]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{out}: ")
+    assert "architecture qwen3. Loaded back, over 256 tokens: largest difference" in told
+    assert main(["export", out, "--to", "hf", "--out", str(tmp_path / "again"), "--json"]) == 0
+    event = json.loads(capsys.readouterr().out)
+    assert (event["event"], event["kind"], event["architecture"]) == ("exported", "hf", "qwen3")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "nowhere" / "a.gguf")]) == 2
+    assert main(["generate", out, "Once", "max_tokens=5"]) == 0
