@@ -121,7 +121,7 @@ def inside(function: str, files: str, limits: str) -> None:
     source, target = json.loads(files)
     size = os.fstat(source).st_size
     data = memoryview(mmap.mmap(source, size, access=mmap.ACCESS_READ) if size else b"")
-    guards += _filter_calls()
+    guards += filter_calls()
     report = {}
     _say({"guards": guards})
     try:
@@ -193,7 +193,7 @@ LOAD, EQUAL, AT_LEAST, RETURN = (
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000 | 1  # the last: "operation not permitted"
 
 
-def _filter_calls() -> list[str]:
+def filter_calls() -> list[str]:
     """Let the kernel refuse every call but CALLS, for this process for good. Names the guard, if the system has it."""
     if sys.platform != "linux" or platform.machine() not in MACHINES:
         return []

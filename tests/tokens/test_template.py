@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import psutil
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ownlm.errors import UserError
-from ownlm.tokens import child, sandbox
+from ownlm.tokens import child, rendering
 from ownlm.tokens.stream import BYTE_OF
 from ownlm.tokens.template import CHATML, ChatTemplate
 
@@ -238,11 +239,11 @@ def test_a_template_reaches_nothing(source: str) -> None:
 
 
 def children() -> set[int]:
-    """The processes that run sandbox.py for this one."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(os.getpid()), "-f", "sandbox.py"], capture_output=True, text=True, check=False
-    )
-    return set(map(int, found.stdout.split()))
+    """The processes that run rendering.py for this one, after those of other tests' templates are gone."""
+    gc.collect()
+    return {
+        each.pid for each in psutil.Process().children() if any("tokens.rendering" in part for part in each.cmdline())
+    }
 
 
 def test_the_child_holds_nothing_of_ours() -> None:
@@ -261,7 +262,7 @@ def test_the_child_holds_nothing_of_ours() -> None:
     assert b"A_SECRET" not in environment
     assert opened == {"0", "1", "2"}
     assert "torch" not in mapped
-    for row, value in {"Max address space": sandbox.MEMORY_BYTES, "Max open files": 0, "Max file size": 0}.items():
+    for row, value in {"Max address space": rendering.MEMORY_BYTES, "Max open files": 0, "Max file size": 0}.items():
         (line,) = (line for line in limits.splitlines() if line.startswith(row))
         assert line.removeprefix(row).split()[:2] == [str(value), str(value)]
 
@@ -281,7 +282,6 @@ def test_a_child_starts_late_and_ends_with_its_template() -> None:
     (again,) = children() - before
     assert again != process
     del one
-    gc.collect()
     assert again not in children()
 
 

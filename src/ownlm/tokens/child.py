@@ -1,4 +1,4 @@
-"""The parent's side of the child that renders strangers' templates (`sandbox.py`): started when first needed, one per template,
+"""The parent's side of the child that renders strangers' templates (`rendering.py`): started when first needed, one per template,
 killed and started anew when it exceeds a limit, gone with its template or with this process."""
 
 import os
@@ -17,14 +17,16 @@ import jinja2
 import markupsafe
 
 from ownlm.errors import UserError
-from ownlm.tokens import sandbox
+from ownlm.sandbox import ROOT
+from ownlm.tokens import rendering
 
 START_S = 60  # importing Jinja takes 0.1 s, on a busy machine with a cold disk much longer
 ANSWER_S = 10  # the limit of CPU time ends a template first, unless the machine is busy
-MAX_REPLY_BYTES = 6 * sandbox.MAX_CHARACTERS + 2**20
+MAX_REPLY_BYTES = 6 * rendering.MAX_CHARACTERS + 2**20
 CURE = "Use another chat_template.jinja; this one can't be rendered."
-# sandbox.py needs no site-packages but these two, and no module of ownlm.
-BOOT = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+# Of site-packages the child sees no more than where Jinja is.
+BOOT = "import sys; sys.path += sys.argv[1:]; from ownlm.tokens.rendering import serve; serve(sys.stdin.buffer, sys.stdout.buffer)"
+FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError)  # what an answer that isn't one leads to
 
 
 class Child:
@@ -36,23 +38,28 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         self._stop: weakref.finalize[Any, Child] | None = None
+        self._used_s: float | None = None  # processor time of a child that can't limit itself
 
-    def reply(self, request: Mapping[str, Any]) -> sandbox.Reply:
+    def reply(self, request: Mapping[str, Any]) -> rendering.Reply:
         """The template's answer to a request. Raises UserError when it takes too long, too much memory, or breaks down."""
         if self._owner != os.getpid():  # after a fork the pipes are the other process's, and its lock may be held
             self._lock, self._process, self._owner = threading.Lock(), None, os.getpid()
         with self._lock:
             process = self._process or self._start()
             try:
-                answer: sandbox.Reply = sandbox.unpack(_exchange(process, sandbox.pack(request), ANSWER_S))
-            except (OSError, ValueError, TimeoutError) as fault:
+                if self._used_s is not None:
+                    rendering.limit_time(process.pid, self._used_s)
+                answer: rendering.Reply = rendering.unpack(_exchange(process, rendering.pack(request), ANSWER_S))
+                used_s = float(answer.pop("used_s"))
+            except FAULTS as fault:
                 self.close()
                 raise UserError(f"the chat template {_ending(process, fault)}.", cure=CURE) from None
             if answer.get("fault") == "memory":
                 self.close()
                 raise UserError(
-                    f"the chat template takes more than {sandbox.MEMORY_BYTES >> 20} MB of memory.", cure=CURE
+                    f"the chat template takes more than {rendering.MEMORY_BYTES >> 20} MB of memory.", cure=CURE
                 )
+            self._used_s = None if self._used_s is None else max(self._used_s, used_s)
             return answer
 
     def close(self) -> None:
@@ -64,7 +71,7 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         folders = dict.fromkeys(str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe))
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", BOOT, sandbox.__file__, *folders],
+            [sys.executable, "-I", "-S", "-c", BOOT, str(ROOT), *folders],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -76,8 +83,9 @@ class Child:
         self._process = process
         self._stop = weakref.finalize(self, _end, process, os.getpid())
         try:
-            _exchange(process, sandbox.pack(self._source), START_S)
-        except (OSError, ValueError, TimeoutError) as fault:
+            answer = rendering.unpack(_exchange(process, rendering.pack(self._source), START_S))
+            self._used_s = float(answer["used_s"]) if answer["filtered"] else None
+        except FAULTS as fault:
             self.close()
             raise UserError(
                 f"the process that renders chat templates doesn't start: it {_ending(process, fault)}.",
@@ -140,5 +148,5 @@ def _ending(process: "subprocess.Popen[bytes]", fault: Exception) -> str:
     if isinstance(fault, TimeoutError):
         return f"takes longer than {ANSWER_S} s"
     if process.returncode == -signal.SIGXCPU:
-        return f"takes {sandbox.CPU_S} s of processor time and more"
+        return f"takes {rendering.CPU_S} s of processor time and more"
     return f"breaks down (exit code {process.returncode})"

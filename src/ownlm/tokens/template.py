@@ -2,7 +2,7 @@
 
     messages ──break special-token strings──► Jinja, sandboxed ──► text ──read off marks──► Rendered(text, spans, guard)
 
-A template is what a Hugging Face checkpoint ships as `chat_template`; the environment (`sandbox.py`) offers what transformers offers,
+A template is what a Hugging Face checkpoint ships as `chat_template`; the environment (`rendering.py`) offers what transformers offers,
 so both render the same text. Our own template is rendered in this process, any other in a child with limits (`child.py`).
 Three private-use characters that occur nowhere in the input do the book-keeping: a *guard* inside every special-token string
 that a message spells out, and two marks around each `{% generation %}` block. The codec removes the guard after it has looked
@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 from ownlm.errors import UserError
-from ownlm.tokens import sandbox
+from ownlm.tokens import rendering
 from ownlm.tokens.child import Child
 
 MAX_SOURCE = 2**20  # characters; the largest template in use has twenty thousand
@@ -45,9 +45,9 @@ class Rendered:
 
 
 class Renderer(Protocol):
-    """Answers a request as `sandbox.Template` says."""
+    """Answers a request as `rendering.Template` says."""
 
-    def reply(self, request: Mapping[str, Any]) -> sandbox.Reply: ...
+    def reply(self, request: Mapping[str, Any]) -> rendering.Reply: ...
 
 
 class ChatTemplate:
@@ -69,7 +69,7 @@ class ChatTemplate:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return sandbox.Template(self.source) if self.source == CHATML else Child(self.source)
+        return rendering.Template(self.source) if self.source == CHATML else Child(self.source)
 
     def render(
         self,
@@ -100,7 +100,7 @@ class ChatTemplate:
             }
         except RecursionError:
             raise UserError("the messages are nested too deep.", cure="Send plainer messages.") from None
-        marks = sandbox.GENERATION_TAG.search(self.source) is not None
+        marks = rendering.GENERATION_TAG.search(self.source) is not None
         answers = [] if marks else [turn for turn, message in enumerate(safe) if message.get("role") == "assistant"]
         reply = self._renderer.reply(
             {

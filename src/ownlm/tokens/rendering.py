@@ -1,14 +1,14 @@
-"""Jinja as chat templates know it, and the child process that renders those of strangers. Imports nothing of ownlm.
+"""Jinja as chat templates know it, and the child process that renders those of strangers.
 
 Jinja's sandbox keeps a template away from Python's objects, but not from the machine: it may loop for ever or ask for a terabyte. So
-a template that didn't come with ownlm is rendered in a child that runs this file (`serve`): one request at a time over two pipes,
-within limits of time, memory and length that the operating system holds, without environment, files or new processes.
+a template that didn't come with ownlm is rendered in a child (`serve`): one request at a time over two pipes, within limits of
+time, memory and length that the operating system holds, and without environment, files, sockets or new processes.
 """
 
 import json
-import os
 import re
-import sys
+import resource
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, BinaryIO, NoReturn
@@ -19,6 +19,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from ownlm.sandbox import filter_calls
 
 MAX_CHARACTERS = 2**23  # of all texts of one request; a context of two million tokens
 CPU_S = 2
@@ -160,42 +162,43 @@ def unpack(data: bytes) -> Any:
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """The child: the first line is the template's source, each further one a request; ends when the parent closes the pipe.
-    Each line gets an answer, the source an empty one."""
+
+    The answer to the source tells whether the parent must `limit_time`: the filter lets this process no longer do so.
+    """
     Template(WARM_UP).reply({"messages": [], "variables": {}, "cuts": [(0, False)]})
     _limit()
+    filtered = bool(filter_calls())
     template: Template | None = None
     while size := source.read(8):
         line = unpack(source.read(int.from_bytes(size, "little")))
         if template is None:
-            template, answer = Template(line), {}
+            template = Template(line)
+            answer: Reply = {"filtered": filtered}
         else:
-            _limit_time()
+            if not filtered:
+                limit_time(0, time.process_time())
             answer = template.reply(line)
-        sink.write(pack(answer))
+        sink.write(pack({**answer, "used_s": time.process_time()}))
         sink.flush()
 
 
 def _limit() -> None:
-    import resource
-
-    for name, value in (
-        ("RLIMIT_AS", MEMORY_BYTES),
-        ("RLIMIT_CORE", 0),
-        ("RLIMIT_FSIZE", 0),
-        ("RLIMIT_NPROC", 0),
-        ("RLIMIT_NOFILE", 0),
-    ):
-        resource.setrlimit(getattr(resource, name), (value, value))
-
-
-def _limit_time() -> None:
-    """At most CPU_S more seconds of the processor, which the kernel counts in whole ones; it ends the process after that, even
-    within one C function."""
-    import resource
-
-    used = sum(os.times()[:2])
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + CPU_S, resource.RLIM_INFINITY))
+    """Bound this process for good."""
+    for kind, bound in {
+        resource.RLIMIT_AS: MEMORY_BYTES,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NOFILE: 0,
+    }.items():
+        resource.setrlimit(kind, (bound, bound))
 
 
-if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+def limit_time(process: int, used_s: float) -> None:
+    """At most CPU_S more seconds of the processor for a process (0 is this one) that has used `used_s`. The kernel counts whole
+    ones, and ends the process after that even within one C function."""
+    bounds = (int(used_s) + CPU_S, resource.RLIM_INFINITY)
+    if process == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, bounds)
+    else:
+        resource.prlimit(process, resource.RLIMIT_CPU, bounds)
