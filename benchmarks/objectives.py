@@ -81,7 +81,9 @@ class Bench:
     def text(self, frame: str) -> Text:
         tokenizer = build(self.texts, kind="bpe", vocab_size=VOCAB + 100 * (frame == "t5"), frame=frame)  # type: ignore[arg-type]
         return Text(
-            tokenizer=tokenizer, train=memory_shard(self.texts, tokenizer), held_out=memory_shard(self.held_out, tokenizer)
+            tokenizer=tokenizer,
+            train=memory_shard(self.texts, tokenizer),
+            held_out=memory_shard(self.held_out, tokenizer),
         )
 
     def run(self, model: nn.Module, batches: Any, objective: Objective, steps: int) -> float:
@@ -105,7 +107,13 @@ class Bench:
         print("| " + " | ".join(self.rows[-1]) + " |", flush=True)
 
     def objective(
-        self, name: str, hf: dict[str, Any], frame: str, hides: Corruption | None, steps: int, learn: Objective | None = None
+        self,
+        name: str,
+        hf: dict[str, Any],
+        frame: str,
+        hides: Corruption | None,
+        steps: int,
+        learn: Objective | None = None,
     ) -> tuple[nn.Module, Text]:
         """Train and probe one objective; the trained model."""
         text = self.text(frame)
@@ -241,7 +249,14 @@ def student_of(bench: Bench, teacher: nn.Module, text: Text, hf: dict[str, Any],
     floor = unigram_entropy(batches, everything(), text.tokenizer.vocab_size)
     like = "DistilBERT" if hides else "decoder"
     large = validate(teacher, OBJECTIVES[name], everything())
-    bench.row(f"distillation, {like}", model, seconds, losses[1], floor, f"without the teacher {losses[0]:.3f}; teacher {large:.3f}")
+    bench.row(
+        f"distillation, {like}",
+        model,
+        seconds,
+        losses[1],
+        floor,
+        f"without the teacher {losses[0]:.3f}; teacher {large:.3f}",
+    )
 
 
 # Words and drawings of them.
@@ -300,7 +315,9 @@ def words_and_drawings(bench: Bench, steps: int) -> None:
     held_out = [pair(never[first : first + batch], [1, first]) for first in range(0, 192, batch)]
     loss = validate(model, contrastive, held_out)
     chance = float(torch.tensor(float(batch)).log())
-    bench.row("contrastive", model, seconds, loss, chance, f"drawing of 1 in 200 new words: {before:.1%} → {retrieval():.1%}")
+    bench.row(
+        "contrastive", model, seconds, loss, chance, f"drawing of 1 in 200 new words: {before:.1%} → {retrieval():.1%}"
+    )
 
 
 def main() -> None:
@@ -313,7 +330,9 @@ def main() -> None:
     began = time.perf_counter()
     bench = Bench(arguments.data, arguments.steps)
     wanted = lambda name: not arguments.only or name in arguments.only
-    print("| objective | parameters | training | held-out loss | unigram entropy (contrastive: log of the batch) | probe |")
+    print(
+        "| objective | parameters | training | held-out loss | unigram entropy (contrastive: log of the batch) | probe |"
+    )
     print("|---|---|---|---|---|---|")
     if wanted("causal_lm"):
         large, text = bench.objective("causal_lm", LLAMA, "chat", None, 700)

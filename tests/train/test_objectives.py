@@ -215,6 +215,27 @@ def test_classification_of_texts_and_tokens_and_answers_are_berts(tmp_path: Path
     close(objectives.span_answer(model, spans), their.loss)
 
 
+@pytest.mark.parametrize("problem", ["multi", "regression"])
+def test_several_labels_and_numbers_are_transformers_losses_too(tmp_path: Path, problem: str) -> None:
+    spelled = {"multi": "multi_label_classification", "regression": "regression"}[problem]
+    model = make({**BERT, **LABELS, "problem_type": spelled}, "BertForSequenceClassification")
+    labels = torch.rand(B, 3, generator=torch.Generator().manual_seed(2))
+    labels = labels.round() if problem == "multi" else labels
+    batch = replace(class_batch(), labels_B=labels)
+    their = theirs(model, tmp_path)(
+        input_ids=batch.tokens_BT, attention_mask=right_padded().long(), token_type_ids=batch.types_BT, labels=labels
+    )
+    close(objectives.sequence_classification(model, batch), their.loss)
+
+
+def test_decoders_classify_texts_as_transformers_decoders_do(tmp_path: Path) -> None:
+    hf = {"model_type": "llama", **SMALL, "max_position_embeddings": 40, "pad_token_id": 0, **LABELS}
+    model, batch = make(hf, "LlamaForSequenceClassification"), class_batch()
+    tokens = batch.tokens_BT.masked_fill(~right_padded(), 0)
+    their = theirs(model, tmp_path)(input_ids=tokens, attention_mask=right_padded().long(), labels=batch.labels_B)
+    close(objectives.sequence_classification(model, replace(batch, tokens_BT=tokens)), their.loss)
+
+
 # The identities that accumulation and packing rely on.
 
 CASES: dict[str, tuple[Any, Any]] = {

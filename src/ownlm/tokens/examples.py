@@ -101,7 +101,8 @@ class PairBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClassBatch:
-    """Texts (or pairs of texts, told apart by `types_BT`) with a class each."""
+    """Texts (or pairs of texts, told apart by `types_BT`) with a class each; where a head has several labels for a text or
+    says numbers, `labels_B` is (B, L)."""
 
     tokens_BT: Tensor
     labels_B: Tensor
@@ -121,6 +122,7 @@ class TagBatch:
     tokens_BT: Tensor
     labels_BT: Tensor
     mask_BT: Tensor | None = None
+    types_BT: Tensor | None = None
     num_trained: int
 
     @property

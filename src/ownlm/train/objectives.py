@@ -124,22 +124,27 @@ def distillation(model: Any, batch: Batch | MaskedBatch, teacher: Any, settings:
 
 
 def sequence_classification(model: Any, batch: ClassBatch) -> Loss:
-    """Name the class of each text."""
-    hidden_BTD = model(batch.tokens_BT, mask_BT=batch.mask_BT, types_BT=batch.types_BT)
-    logits_BL = model.head(hidden_BTD, batch.mask_BT)
-    return Loss(sum=_classes(logits_BL, batch.labels_B), num_trained=batch.num_trained)
+    """Name the class of each text; where the head says so, each of several labels by itself, or numbers (mean squared error)."""
+    logits_BL = model.head(_read_text(model, batch), batch.mask_BT)
+    problem = model.config.head.problem
+    if problem == "single":
+        loss = _classes(logits_BL, batch.labels_B)
+    else:
+        apart = F.binary_cross_entropy_with_logits if problem == "multi" else F.mse_loss
+        labels_BL = batch.labels_B.float().view_as(logits_BL)
+        loss = apart(logits_BL, labels_BL, reduction="none").mean(-1).sum()
+    return Loss(sum=loss, num_trained=batch.num_trained)
 
 
 def token_classification(model: Any, batch: TagBatch) -> Loss:
     """Name the class of each labelled token."""
-    logits_BTL = model.head(model(batch.tokens_BT, mask_BT=batch.mask_BT), batch.mask_BT)
+    logits_BTL = model.head(_read_text(model, batch), batch.mask_BT)
     return Loss(sum=_classes(logits_BTL, batch.labels_BT), num_trained=batch.num_trained)
 
 
 def span_answer(model: Any, batch: SpanBatch) -> Loss:
     """Find where the answer starts and where it ends (arXiv:1810.04805, 4.2): the mean of both cross-entropies."""
-    hidden_BTD = model(batch.tokens_BT, mask_BT=batch.mask_BT, types_BT=batch.types_BT)
-    start_BT, end_BT = model.head(hidden_BTD, batch.mask_BT)
+    start_BT, end_BT = model.head(_read_text(model, batch), batch.mask_BT)
     both = _classes(start_BT, batch.starts_B) + _classes(end_BT, batch.ends_B)
     return Loss(sum=both / 2, num_trained=batch.num_trained)
 
@@ -182,6 +187,17 @@ def _read(model: Any, batch: Batch | MaskedBatch) -> Tensor:
         hidden_BTD: Tensor = model(batch.tokens_BT, mask_BT=batch.mask_BT, types_BT=batch.types_BT)
     else:
         hidden_BTD = model(batch.tokens_BT, positions_BT=batch.positions_BT, documents_BT=batch.documents_BT)
+    return hidden_BTD
+
+
+def _read_text(model: Any, batch: ClassBatch | TagBatch | SpanBatch) -> Tensor:
+    """The hidden states of padded texts; decoders count places instead of hiding padding, and tell no texts apart."""
+    if isinstance(model, Decoder):
+        mask = batch.mask_BT
+        places = None if mask is None else (mask.cumsum(1) - 1).masked_fill(~mask, -1)
+        hidden_BTD: Tensor = model(batch.tokens_BT, positions_BT=places)
+    else:
+        hidden_BTD = model(batch.tokens_BT, mask_BT=batch.mask_BT, types_BT=batch.types_BT)
     return hidden_BTD
 
 
