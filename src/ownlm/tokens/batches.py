@@ -30,6 +30,17 @@ UNTRAINED = -100  # torch's ignore_index
 Ints = NDArray[np.int64]
 
 
+class Micro(Protocol):
+    """What the loop asks of a micro-batch, whose other fields are tensors and None: the targets that count towards the loss
+    of a step, and the tokens that were read."""
+
+    @property
+    def num_trained(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """A micro-batch, int64 on the CPU. `targets_BT` is -100 where nothing is trained; `documents_BT` numbers the blocks of
@@ -41,6 +52,10 @@ class Batch:
     positions_BT: Tensor | None
     documents_BT: Tensor | None
     num_trained: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens_BT.numel()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

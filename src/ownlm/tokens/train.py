@@ -17,7 +17,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from ownlm.artifact import Artifact, Workspace
@@ -29,14 +29,54 @@ from ownlm.tokens.stream import BYTE_OF
 from ownlm.tokens.template import CHATML
 
 Kind = Literal["bpe", "unigram", "wordpiece", "byte", "char"]
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+FrameName = Literal["chat", "bert", "t5", "xlnet"]
 SMALLEST = {"bpe": 256, "unigram": 257, "wordpiece": 2, "byte": 256, "char": 2}  # without special tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The special tokens of a family of models: their roles in tokenizer_config.json, others, and how they stand around a text
+    ($A) and a pair of texts ($A, $B)."""
+
+    roles: dict[str, str]
+    others: tuple[str, ...] = ()
+    single: str | None = None
+    pair: str | None = None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*self.roles.values(), *self.others]))
+
+
+FRAMES: dict[FrameName, Frame] = {
+    "chat": Frame(
+        roles={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, others=("<|im_start|>", "<|im_end|>")
+    ),
+    "bert": Frame(
+        roles={"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+    ),
+    "t5": Frame(
+        roles={"pad_token": "<pad>", "eos_token": "</s>"},
+        others=tuple(f"<extra_id_{number}>" for number in range(100)),
+        single="$A </s>",
+        pair="$A </s> $B </s>",
+    ),
+    "xlnet": Frame(
+        roles={"pad_token": "<pad>", "sep_token": "<sep>", "cls_token": "<cls>", "mask_token": "<mask>"},
+        single="$A <sep> <cls>:2",
+        pair="$A <sep> $B:1 <sep>:1 <cls>:2",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerRecipe:
     """How to train a tokenizer. `vocab_size` counts the special tokens too; a vocabulary may end up smaller when the
-    documents don't hold that many pieces. At most `max_bytes` of text, spread over all documents, are learned from."""
+    documents don't hold that many pieces. At most `max_bytes` of text, spread over all documents, are learned from.
+    `frame` chooses the special tokens: those of decoders that chat, of BERT (with [MASK]), of T5 (with a hundred sentinels)
+    or of XLNet."""
 
     name: str
     documents: str
@@ -44,7 +84,8 @@ class TokenizerRecipe:
     vocab_size: int = 4096
     min_frequency: int = 2
     max_bytes: int = 100_000_000
-    special_tokens: tuple[str, ...] = ()  # beside <|endoftext|>, <|im_start|> and <|im_end|>
+    frame: FrameName = "chat"
+    special_tokens: tuple[str, ...] = ()  # beside those of the frame
 
 
 def train_tokenizer(recipe: TokenizerRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
@@ -60,6 +101,7 @@ def train_tokenizer(recipe: TokenizerRecipe, workspace: Workspace, reporter: Rep
             kind=recipe.kind,
             vocab_size=recipe.vocab_size,
             min_frequency=recipe.min_frequency,
+            frame=recipe.frame,
             special_tokens=recipe.special_tokens,
         )
         tokenizer.save(draft.path)
@@ -81,10 +123,12 @@ def build(
     kind: Kind,
     vocab_size: int,
     min_frequency: int = 2,
+    frame: FrameName = "chat",
     special_tokens: Iterable[str] = (),
 ) -> Tokenizer:
     """A tokenizer of at most `vocab_size` ids learned from `texts`; always the same one from the same texts."""
-    specials = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
+    around = FRAMES[frame]
+    specials = list(dict.fromkeys([*around.tokens, *special_tokens]))
     if any(len(token) < 2 for token in specials):
         raise UserError("a special token needs at least two characters.", cure='Write it like "<|name|>".')
     room = vocab_size - len(specials)
@@ -95,16 +139,20 @@ def build(
         )
     backend = TRAINERS[kind](texts, room, min_frequency)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    if around.single is not None:
+        ids = [(token, backend.token_to_id(token)) for token in specials]
+        backend.post_processor = processors.TemplateProcessing(
+            single=around.single, pair=around.pair, special_tokens=ids
+        )
+    named = set(around.roles.values())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "additional_special_tokens": specials[1:],
+        **around.roles,
+        "additional_special_tokens": [token for token in specials if token not in named],
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
-        "chat_template": CHATML,
     }
-    return Tokenizer(backend, config)
+    return Tokenizer(backend, config | ({"chat_template": CHATML} if frame == "chat" else {}))
 
 
 def _byte_level(model: models.Model) -> Backend:

@@ -15,21 +15,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ownlm.artifact import storage, write_atomic
 from ownlm.errors import Interrupted, UserError
-from ownlm.models.decoder import Decoder
 from ownlm.report import Reporter, duration, quantity
-from ownlm.tokens.batches import Batch, Batches
+from ownlm.tokens.batches import Micro
 from ownlm.train import checkpoint
 from ownlm.train.objectives import Objective
 from ownlm.train.optimizers import Optimizer, Update
@@ -39,6 +38,13 @@ from ownlm.train.schedule import Schedule, factor
 STATUS_EVERY_S = 1.0
 SAMPLE_EVERY_S = 20.0
 LOGGED_ROWS = 500  # about so many rows in metrics.jsonl, whatever the number of steps
+M = TypeVar("M", bound=Micro)
+
+
+class Steps(Protocol):
+    """The training data of a run: always the same micro-batches for a step, whose `num_trained` summed is its weight."""
+
+    def step(self, step: int) -> Sequence[Micro]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +62,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One run: what to train on, and where to keep its states. `validation` yields the same batches each time it is called."""
+    """One run: what to train on, and where to keep its states. `validation` yields the same batches each time it is called,
+    which `judge` scores (None: the objective itself)."""
 
     name: str
     folder: Path
-    batches: Batches
+    batches: Steps
     objective: Objective
-    validation: Callable[[], Iterable[Batch]] | None = None
-    sample: Callable[[Decoder], str] | None = None
+    validation: Callable[[], Iterable[Micro]] | None = None
+    judge: Objective | None = None
+    sample: Callable[[Any], str] | None = None
     how_to_continue: str = "Run the same command again to continue."
 
 
@@ -90,7 +98,7 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(model: Decoder, work: Work, settings: Settings, reporter: Reporter) -> Outcome:
+def train(model: nn.Module, work: Work, settings: Settings, reporter: Reporter) -> Outcome:
     """Train `model` in place to the end of `settings.steps`, from the newest state in the folder if there is one.
 
     Raises Interrupted after SIGINT or SIGTERM once the state is saved, UserError when the loss is no longer a number,
@@ -104,9 +112,9 @@ def train(model: Decoder, work: Work, settings: Settings, reporter: Reporter) ->
 class _Run:
     """The loop's moving parts: parameters, moments, counters, rows."""
 
-    def __init__(self, model: Decoder, work: Work, settings: Settings, reporter: Reporter) -> None:
+    def __init__(self, model: nn.Module, work: Work, settings: Settings, reporter: Reporter) -> None:
         self.model, self.work, self.settings, self.reporter = model, work, settings, reporter
-        self.device = model.head_weight.device
+        self.device = next(model.parameters()).device
         self.parameters = Parameters(model, settings.dtype)
         self.update = Update(settings.optimizer, self.parameters, settings.dtype)
         self.counters = Counters()
@@ -179,7 +187,7 @@ class _Run:
             )
         self.update.step(self.step, factor(self.settings.schedule, self.step, self.settings.steps), norm)
         self.step += 1
-        self.counters.tokens += sum(batch.tokens_BT.numel() for batch in micro_batches)
+        self.counters.tokens += sum(batch.num_tokens for batch in micro_batches)
         self.counters.row_loss += total
         self.counters.row_tokens += trained
         return total / trained, norm
@@ -200,14 +208,14 @@ class _Run:
         due = every is not None and self.step // every > (self.step - self.log_every) // every
         if self.work.validation is not None and (due or self.step == settings.steps):
             row["validation_loss"] = counters.validation_loss = validate(
-                self.model, self.work.objective, self.work.validation()
+                self.model, self.work.judge or self.work.objective, self.work.validation()
             )
         counters.row_loss, counters.row_tokens = 0.0, 0
         self.rows.append(row)
         self.file.write(json.dumps(row) + "\n")
         self.reporter.event("step", name=self.work.name, **row)
 
-    def _sample(self, sample: Callable[[Decoder], str]) -> None:
+    def _sample(self, sample: Callable[[Any], str]) -> None:
         """Show what the model says by now; the run's randomness and mode are left as they were."""
         with torch.random.fork_rng(), torch.no_grad():
             self.model.eval()
@@ -238,32 +246,25 @@ class _Run:
         self.tokens_before = self.counters.tokens
 
 
-def validate(model: Decoder, objective: Objective, batches: Iterable[Batch]) -> float:
+def validate(model: nn.Module, objective: Objective, batches: Iterable[Micro]) -> float:
     """Mean loss over the trained tokens of the batches, in nats."""
     total, trained = 0.0, 0
+    device = next(model.parameters()).device
     with torch.no_grad():
         for batch in batches:
-            loss = objective(model, to_device(batch, model.head_weight.device))
+            loss = objective(model, to_device(batch, device))
             total += float(loss.sum.detach())
             trained += loss.num_trained
     return total / max(1, trained)
 
 
-def to_device(batch: Batch, target: torch.device) -> Batch:
-    """The batch with its tensors on `target`; itself where they are there."""
+def to_device(batch: M, target: torch.device) -> M:
+    """The batch, a dataclass, with its tensors on `target`; itself where they are there."""
     if target.type == "cpu":
         return batch
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(target, non_blocking=True)
-
-    return Batch(
-        tokens_BT=move(batch.tokens_BT),
-        targets_BT=move(batch.targets_BT),
-        positions_BT=None if batch.positions_BT is None else move(batch.positions_BT),
-        documents_BT=None if batch.documents_BT is None else move(batch.documents_BT),
-        num_trained=batch.num_trained,
-    )
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}  # type: ignore[arg-type]
+    moved = {name: value.to(target, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)  # type: ignore[type-var]
 
 
 def keep_freed_memory() -> None:

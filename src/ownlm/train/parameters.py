@@ -18,6 +18,11 @@ from torch import Tensor, nn
 
 Role = Literal["matrix", "embedding", "head", "vector"]
 ORDER: tuple[Role, ...] = ("matrix", "embedding", "head", "vector")
+VECTORS = (
+    "bias",
+    "_bias.weight",
+    ".segments",
+)  # one vector for each head or bucket: added to something, never multiplied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +40,9 @@ class Group:
 
 def role(name: str, parameter: Tensor) -> Role:
     """What a parameter is, from its name and shape: the optimizer treats each role in its own way."""
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or name.endswith(VECTORS):
         return "vector"
-    if "embed" in name:
+    if "embed" in name or name.endswith("positions.weight"):
         return "embedding"
     return "head" if "lm_head" in name else "matrix"
 

@@ -1,8 +1,8 @@
 """The two training stages: pretrain (documents -> base model) and finetune (base model + conversations -> chat model).
 
-    documents ─┐
-    tokenizer ─┴► tokens ─► pretrain ─► checkpoint ─┐
-    conversations ──────────────────────────────────┴► finetune ─► checkpoint
+    documents ─┐         (teacher) ─┐
+    tokenizer ─┴► tokens ───────────┴► pretrain ─► checkpoint ─┐
+    conversations ─────────────────────────────────────────────┴► finetune ─► checkpoint
 
 A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokenizer) with the training curve beside it.
 """
@@ -21,25 +21,19 @@ import torch
 from ownlm import device
 from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
 from ownlm.errors import UserError
-from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, init_weights, uniform
+from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.weights import load_model, save_model
 from ownlm.records import Conversation, read_jsonl
 from ownlm.report import Reporter, duration, quantity
-from ownlm.tokens.batches import (
-    UNTRAINED,
-    Batch,
-    Batches,
-    ConversationRows,
-    DocumentRows,
-    validation_conversations,
-    validation_documents,
-)
+from ownlm.tokens.batches import UNTRAINED, Batches, ConversationRows, DocumentRows, Micro, validation_conversations
 from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.examples import Made
 from ownlm.tokens.shards import Shard, TokensRecipe, open_shard, tokenize
 from ownlm.train.loop import Settings, Work, return_freed_memory, train, validate
-from ownlm.train.objectives import OBJECTIVES
+from ownlm.train.objectives import OBJECTIVES, Distillation, Objective
 from ownlm.train.optimizers import Optimizer
+from ownlm.train.pretraining import CausalLM, Learning, corruption_of, data, learning, new_model
 from ownlm.train.schedule import Schedule
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -85,13 +79,18 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainRecipe:
-    """A base model from documents. `batch_tokens` are those of one step, of which `micro_rows` rows of `context` tokens are
-    computed at once (None: as many as fit 8,192 tokens). `document_mask` keeps packed documents from seeing each other."""
+    """A base model from documents. Its shape is `model`, or for any family ownlm knows `hf`, a Hugging Face config.json as a table
+    (model_type = "bert", hidden_size = 256, …; the vocabulary's size and special ids come from the tokenizer).
+
+    `batch_tokens` are those of one step, of which `micro_rows` rows of `context` tokens are computed at once (None: as many
+    as fit 8,192 tokens). `document_mask` keeps packed documents from seeing each other (causal_lm and distillation only)."""
 
     name: str
     documents: str
     tokenizer: str
-    model: ModelShape = field(default_factory=ModelShape)
+    objective: Learning = field(default_factory=CausalLM)
+    model: ModelShape | None = None
+    hf: dict[str, Any] | None = None
     context: int = 256
     batch_tokens: int = 2_048
     micro_rows: int | None = None
@@ -106,6 +105,10 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        if self.model is not None and self.hf is not None:
+            raise ValueError("model and hf both give a shape: keep one of them")
+        if self.document_mask and corruption_of(self.objective) is not None:
+            raise ValueError(f"document_mask is for next-token prediction, not for {self.objective.kind}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,31 +153,47 @@ def pretrain(
         reporter,
     )
     inputs = {"tokens": tokens, "tokenizer": source}
+    if isinstance(recipe.objective, Distillation):
+        inputs["teacher"] = workspace.open(recipe.objective.teacher, "checkpoint")
     if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
         return found
     tokenizer = Tokenizer.load(source.path)
-    documents = DocumentRows(
-        open_shard(tokens, "train"), recipe.context, seed=recipe.seed, document_mask=recipe.document_mask
+    model = new_model(
+        recipe.objective,
+        hf=recipe.hf,
+        shape=(recipe.model or ModelShape()).config(tokenizer.vocab_size, recipe.context),
+        tokenizer=tokenizer,
+        context=recipe.context,
+        seed=recipe.seed,
+        where=recipe.name,
     )
+    learn, judge = learning(recipe.objective, model, inputs.get("teacher"), tokenizer, reporter)
     rows = max(1, recipe.batch_tokens // recipe.context)
-    micro_rows = _micro_rows(recipe.micro_rows, rows, recipe.context)
-    batches = Batches(documents, rows=rows, micro_rows=micro_rows)
-    held_out = open_shard(tokens, "validation") if tokens.facts["splits"].get("validation", {}).get("tokens") else None
-    everything = _validation_of_documents(held_out, recipe.context, micro_rows, recipe.document_mask)
-    model = Decoder(recipe.model.config(tokenizer.vocab_size, recipe.context))
-    init_weights(model, seed=recipe.seed)
+    prepared = data(
+        recipe.objective,
+        tokens,
+        tokenizer,
+        model,
+        context=recipe.context,
+        rows=rows,
+        micro_rows=_micro_rows(recipe.micro_rows, rows, recipe.context),
+        document_mask=recipe.document_mask,
+        seed=recipe.seed,
+    )
     return _run(
-        "causal_lm",
+        recipe.objective.kind,
         recipe,
         workspace,
         reporter,
         inputs,
         tokenizer,
         model,
-        batches,
-        everything,
-        sample,
-        held_out=held_out,
+        prepared.batches,
+        prepared.everything,
+        sample if isinstance(model, Decoder) else None,
+        held_out=prepared.held_out,
+        learn=learn,
+        judge=judge,
     )
 
 
@@ -235,15 +254,21 @@ def _run(
     reporter: Reporter,
     inputs: Mapping[str, Artifact],
     tokenizer: Tokenizer,
-    model: Decoder,
-    batches: Batches,
-    everything: Callable[[], Iterable[Batch]] | None,
+    model: Any,
+    batches: Batches | Made[Micro],
+    everything: Callable[[], Iterable[Micro]] | None,
     sample: Sample | None,
     *,
     held_out: Shard | None = None,
     mask: str | None = None,
+    learn: Objective | None = None,
+    judge: Objective | None = None,
 ) -> Artifact:
-    """Train, judge on all that was held out, and write the artifact."""
+    """Train, judge on all that was held out, and write the artifact. `learn` is the objective where it needs more than its name,
+    and `judge` the one that scores what was held out, if another."""
+    learn = learn or OBJECTIVES[objective]
+    judge = judge or learn
+    context = recipe.context or model.config.max_tokens
     device.threads()
     target = device.torch_device()
     model.to(target)
@@ -255,7 +280,7 @@ def _run(
             write_atomic(folder / "mask.txt", mask + "\n")
     some = None
     if everything is not None:
-        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * model.config.max_tokens))
+        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * context))
         some = lambda: islice(everything(), count)
     settings = Settings(
         steps=recipe.steps,
@@ -269,14 +294,14 @@ def _run(
         name=recipe.name,
         folder=folder,
         batches=batches,
-        objective=OBJECTIVES[objective],
+        objective=learn,
         validation=some,
+        judge=judge,
         sample=None if sample is None else lambda model: sample(model, tokenizer),
     )
-    parameters = count_parameters(model.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     reporter.line(
-        f"{recipe.name}: {quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x "
-        f"{model.config.max_tokens if isinstance(recipe, PretrainRecipe) else recipe.context or model.config.max_tokens} tokens, "
+        f"{recipe.name}: {quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {context} tokens, "
         f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
     )
     outcome = train(model, work, settings, reporter)
@@ -294,7 +319,7 @@ def _run(
         "peak_memory_bytes": device.peak_memory_bytes(),
     }
     if everything is not None:
-        loss = facts["validation_loss"] = validate(model.eval(), OBJECTIVES[objective], everything())
+        loss = facts["validation_loss"] = validate(model.eval(), judge, everything())
         if held_out is not None:
             # Every token is a target once, so the sum of losses is the information in the whole text.
             trained = sum(batch.num_trained for batch in everything())
@@ -350,14 +375,6 @@ def _conversations(source: Artifact, file: str, tokenizer: Tokenizer, context: i
             cure="Add jsonl files with `messages`, or finetune on other documents.",
         )
     return ConversationRows(read_jsonl(source.file(file), Conversation), tokenizer, context, seed=seed)
-
-
-def _validation_of_documents(
-    shard: Shard | None, context: int, rows: int, document_mask: bool
-) -> Callable[[], Iterable[Batch]] | None:
-    if shard is None:
-        return None
-    return lambda: validation_documents(shard, context, rows=rows, document_mask=document_mask)
 
 
 def _micro_rows(asked: int | None, rows: int, context: int) -> int:
