@@ -2,7 +2,7 @@
 
     documents ─┐
     tokenizer ─┴► tokens ─► pretrain ─► checkpoint ─┐
-    conversations ──────────────────────────────────┴► finetune ─► checkpoint
+    conversations ──────────────────────────────────┴► finetune ─► checkpoint, or adapter
 
 A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokenizer) with the training curve beside it.
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,10 @@ import torch
 from ownlm import device
 from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
 from ownlm.errors import UserError
+from ownlm.models.adapters import LoRA, add_lora, merge
 from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters, init_weights, uniform
+from ownlm.models.peft import load_adapter, save_adapter
+from ownlm.models.quantize import Scheme, quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.weights import load_model, save_model
 from ownlm.records import Conversation, read_jsonl
@@ -43,9 +47,13 @@ from ownlm.train.optimizers import Optimizer
 from ownlm.train.schedule import Schedule
 
 Precision = Literal["auto", "bf16", "fp32"]
+Kind = Literal["checkpoint", "adapter"]
 Sample = Callable[[Decoder, Tokenizer], str]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VALIDATION_TOKENS = 32_768  # of one validation during training; the last one reads every held-out document
+# Muon makes every step of a matrix equally long in all directions; the pairs of LoRA start with B = 0 and few directions.
+TUNING = Optimizer(lr=0.01, embedding_lr=0.005, head_lr=0.0025, vector_lr=0.005)
+LORA_TUNING = Optimizer(kind="adamw", lr=0.005, head_lr=0.001, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
 MICRO_TOKENS = 8_192  # of a micro-batch: what bounds the memory of activations
 
 
@@ -111,19 +119,24 @@ class PretrainRecipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneRecipe:
     """A chat model from a checkpoint and the conversations of a documents artifact. `document_share` of the rows are
-    documents again, so that what was read is not forgotten. `context` None: the checkpoint's."""
+    documents again, so that what was read is not forgotten. `context` None: the checkpoint's.
+
+    With a `lora` table only an adapter is trained and kept, over a base in `base_precision`; `merge` makes a whole
+    checkpoint of it. `optimizer` None: what suits, TUNING or LORA_TUNING.
+    """
 
     name: str
     checkpoint: str
     documents: str
+    lora: LoRA | None = None
+    base_precision: Scheme | None = None
+    merge: bool = False
     document_share: float = 0.0
     context: int | None = None
     batch_tokens: int = 2_048
     micro_rows: int | None = None
     steps: int = 300
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(lr=0.01, embedding_lr=0.005, head_lr=0.0025, vector_lr=0.005)
-    )
+    optimizer: Optimizer | None = None
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = "auto"
     validate_every: int | None = 100
@@ -134,6 +147,10 @@ class FinetuneRecipe:
         _check_sizes(self)
         if not 0 <= self.document_share < 1:
             raise ValueError("document_share is at least 0 and less than 1")
+        if self.lora is None and (self.base_precision is not None or self.merge):
+            raise ValueError("base_precision and merge belong to a lora table")
+        if self.lora is not None and self.optimizer is not None and self.optimizer.kind == "muon":
+            raise ValueError('the thin matrices of lora learn with optimizer.kind = "adamw"')
 
 
 def pretrain(
@@ -163,32 +180,35 @@ def pretrain(
     everything = _validation_of_documents(held_out, recipe.context, micro_rows, recipe.document_mask)
     model = Decoder(recipe.model.config(tokenizer.vocab_size, recipe.context))
     init_weights(model, seed=recipe.seed)
-    return _run(
-        "causal_lm",
-        recipe,
-        workspace,
-        reporter,
-        inputs,
-        tokenizer,
-        model,
-        batches,
-        everything,
-        sample,
+    run = _Run(
+        kind="checkpoint",
+        objective="causal_lm",
+        recipe=recipe,
+        optimizer=recipe.optimizer,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        context=recipe.context,
+        batches=batches,
+        everything=everything,
+        sample=sample,
         held_out=held_out,
     )
+    return _train(run, model, workspace, reporter)
 
 
 def finetune(
     recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter, *, sample: Sample | None = None
 ) -> Artifact:
-    """A checkpoint artifact: the checkpoint tuned on conversations, of which only the assistant's words are learned.
+    """The checkpoint tuned on conversations, of which only the assistant's words are learned: a checkpoint artifact, or with
+    `lora` an adapter.
 
     Before the first step the first conversation is shown with what is trained in it, and kept as mask.txt.
     """
     base = workspace.open(recipe.checkpoint, "checkpoint")
     source = workspace.open(recipe.documents, "documents")
     inputs = {"checkpoint": base, "documents": source}
-    if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
+    kind: Kind = "checkpoint" if recipe.lora is None or recipe.merge else "adapter"
+    if found := workspace.find(recipe.name, kind=kind, inputs=inputs, recipe=recipe, seed=recipe.seed):
         return found
     tokenizer = Tokenizer.load(base.path)
     model = load_model(base.path, dtype=torch.float32)
@@ -225,41 +245,64 @@ def finetune(
         everything = lambda: validation_conversations(held_out, rows=micro_rows)
     shown = show_mask(tokenizer, conversations)
     reporter.line(f"What is trained in the first conversation, between [ ]:\n{shown}")
-    return _run("chat", recipe, workspace, reporter, inputs, tokenizer, model, batches, everything, sample, mask=shown)
+    if recipe.base_precision is not None:
+        quantize_linears(model, recipe.base_precision)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, seed=recipe.seed)
+    run = _Run(
+        kind=kind,
+        objective="chat",
+        recipe=recipe,
+        optimizer=recipe.optimizer or (TUNING if recipe.lora is None else LORA_TUNING),
+        inputs=inputs,
+        tokenizer=tokenizer,
+        context=context,
+        batches=batches,
+        everything=everything,
+        sample=sample,
+        mask=shown,
+    )
+    return _train(run, model, workspace, reporter)
 
 
-def _run(
-    objective: str,
-    recipe: PretrainRecipe | FinetuneRecipe,
-    workspace: Workspace,
-    reporter: Reporter,
-    inputs: Mapping[str, Artifact],
-    tokenizer: Tokenizer,
-    model: Decoder,
-    batches: Batches,
-    everything: Callable[[], Iterable[Batch]] | None,
-    sample: Sample | None,
-    *,
-    held_out: Shard | None = None,
-    mask: str | None = None,
-) -> Artifact:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the two stages hand to the one that trains. `everything` yields all that was held out, `held_out` its bytes;
+    `mask` is the text of mask.txt."""
+
+    kind: Kind
+    objective: str
+    recipe: PretrainRecipe | FinetuneRecipe
+    optimizer: Optimizer
+    inputs: Mapping[str, Artifact]
+    tokenizer: Tokenizer
+    context: int
+    batches: Batches
+    everything: Callable[[], Iterable[Batch]] | None
+    sample: Sample | None
+    held_out: Shard | None = None
+    mask: str | None = None
+
+
+def _train(run: _Run, model: Decoder, workspace: Workspace, reporter: Reporter) -> Artifact:
     """Train, judge on all that was held out, and write the artifact."""
+    recipe, batches, everything, sample = run.recipe, run.batches, run.everything, run.sample
     device.threads()
     target = device.torch_device()
     model.to(target)
-    made_from = fingerprint("checkpoint", inputs, recipe, recipe.seed)
+    made_from = fingerprint(run.kind, run.inputs, recipe, recipe.seed)
     folder = workspace.runs / f"{recipe.name}-{made_from[:12]}"
-    if mask is not None:
+    if run.mask is not None:
         with storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "mask.txt", mask + "\n")
+            write_atomic(folder / "mask.txt", run.mask + "\n")
     some = None
     if everything is not None:
         count = max(1, VALIDATION_TOKENS // (batches.micro_rows * model.config.max_tokens))
         some = lambda: islice(everything(), count)
     settings = Settings(
         steps=recipe.steps,
-        optimizer=recipe.optimizer,
+        optimizer=run.optimizer,
         schedule=recipe.schedule,
         dtype=device.compute_dtype(target) if recipe.precision == "auto" else DTYPES[recipe.precision],
         validate_every=recipe.validate_every,
@@ -269,21 +312,23 @@ def _run(
         name=recipe.name,
         folder=folder,
         batches=batches,
-        objective=OBJECTIVES[objective],
+        objective=OBJECTIVES[run.objective],
         validation=some,
-        sample=None if sample is None else lambda model: sample(model, tokenizer),
+        sample=None if sample is None else lambda model: sample(model, run.tokenizer),
     )
     parameters = count_parameters(model.config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_them = "" if trained == parameters else f"{quantity(trained)} trained beside "
     reporter.line(
-        f"{recipe.name}: {quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x "
-        f"{model.config.max_tokens if isinstance(recipe, PretrainRecipe) else recipe.context or model.config.max_tokens} tokens, "
+        f"{recipe.name}: {of_them}{quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {run.context} tokens, "
         f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
     )
     outcome = train(model, work, settings, reporter)
     ended = time.perf_counter()
     facts = {
-        "objective": objective,
+        "objective": run.objective,
         "parameters": parameters,
+        "trained_parameters": trained,
         "precision": str(settings.dtype).removeprefix("torch."),
         "epochs": recipe.steps / batches.steps_per_epoch,
         "steps": outcome.steps,
@@ -294,25 +339,21 @@ def _run(
         "peak_memory_bytes": device.peak_memory_bytes(),
     }
     if everything is not None:
-        loss = facts["validation_loss"] = validate(model.eval(), OBJECTIVES[objective], everything())
-        if held_out is not None:
+        loss = facts["validation_loss"] = validate(model.eval(), OBJECTIVES[run.objective], everything())
+        if run.held_out is not None:
             # Every token is a target once, so the sum of losses is the information in the whole text.
-            trained = sum(batch.num_trained for batch in everything())
-            facts["bits_per_byte"] = loss * trained / math.log(2) / held_out.bytes
+            targets = sum(batch.num_trained for batch in everything())
+            facts["bits_per_byte"] = loss * targets / math.log(2) / run.held_out.bytes
     return_freed_memory()
     facts["stage_seconds"] = outcome.seconds + time.perf_counter() - ended  # with the last validation
-    with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
-        save_model(
-            model.eval(),
-            draft.path,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=sorted(tokenizer.stop_ids),
-            pad_token_id=tokenizer.pad_id,
-        )
-        tokenizer.save(draft.path)
+    with workspace.create(run.kind, recipe.name, inputs=run.inputs, recipe=recipe, seed=recipe.seed) as draft:
+        if run.kind == "adapter":
+            save_adapter(model, draft.path, base=run.inputs["checkpoint"].ref)
+        else:
+            _save_checkpoint(run, model, folder, draft.path)
         (draft.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outcome.rows))
-        if mask is not None:
-            (draft.path / "mask.txt").write_text(mask + "\n", encoding="utf-8")
+        if run.mask is not None:
+            (draft.path / "mask.txt").write_text(run.mask + "\n", encoding="utf-8")
         draft.facts |= facts
     shutil.rmtree(folder, ignore_errors=True)
     said = f", held-out loss {facts['validation_loss']:.3f}" if everything is not None else ""
@@ -320,8 +361,25 @@ def _run(
     reporter.line(
         f"{draft.done.ref}: {quantity(outcome.tokens)} tokens in {duration(outcome.seconds)}, loss {outcome.loss:.3f}{said}"
     )
-    reporter.event("checkpoint", ref=draft.done.ref, **facts)
+    reporter.event(run.kind, ref=draft.done.ref, **facts)
     return draft.done
+
+
+def _save_checkpoint(run: _Run, model: Decoder, runs: Path, folder: Path) -> None:
+    """Write the whole model. An adapter goes into a fresh copy of its base: the one in memory may be rounded or quantised."""
+    if isinstance(run.recipe, FinetuneRecipe) and run.recipe.lora is not None:
+        save_adapter(model, runs / "adapter")
+        model = load_model(run.inputs["checkpoint"].path, dtype=torch.float32)
+        load_adapter(model, runs / "adapter")
+        merge(model)
+    save_model(
+        model.eval(),
+        folder,
+        bos_token_id=run.tokenizer.bos_id,
+        eos_token_id=sorted(run.tokenizer.stop_ids),
+        pad_token_id=run.tokenizer.pad_id,
+    )
+    run.tokenizer.save(folder)
 
 
 def show_mask(tokenizer: Tokenizer, conversations: ConversationRows) -> str:
