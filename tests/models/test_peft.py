@@ -14,7 +14,7 @@ from torch import Tensor
 from models.test_adapters import IDS, logits, loud
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.models.adapters import LoRA, add_lora, merge
-from ownlm.models.peft import CONFIG, TENSORS, load_adapter, save_adapter
+from ownlm.models.peft import CONFIG, TENSORS, Names, load_adapter, save_adapter
 from ownlm.models.weights import load_model
 
 BAR = 1e-5
@@ -113,6 +113,20 @@ def test_ours_means_the_same_in_their_format(name: str, lora: LoRA, tmp_path: Pa
     again = load_model(tmp_path / "base")
     load_adapter(again, tmp_path / "ours")
     assert difference(logits(again), logits(model)) <= BAR
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_names_are_those_of_their_modules(name: str, tmp_path: Path) -> None:
+    reference = save(CONFIGS[name], tmp_path)
+    names = Names(load_model(tmp_path))
+    modules = dict(reference.named_modules())
+    assert names.layers
+    for module, stored in names.layers.items():
+        assert modules[module].weight.shape == stored.shape(
+            {part: torch.empty(names.shapes[part]) for part, _ in stored.parts}
+        )
+    untied = "lm_head.weight" in names.all
+    assert untied == (modules["lm_head"].weight is not reference.get_input_embeddings().weight)
 
 
 def test_whole_modules_travel_too(tmp_path: Path) -> None:

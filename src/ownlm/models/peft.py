@@ -40,6 +40,9 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Layouts that leave the rows of a linear layer whole. PEFT keeps B as (O, r) where the weight is stored transposed.
 LINEAR = ("same", "transposed", "by_head", "pairs")
+RENAMED = {
+    "embed_out.weight": "lm_head.weight"
+}  # GPT-NeoX: PEFT goes by transformers' modules, which have another name
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
@@ -60,7 +63,7 @@ class Names:
             bare = self.family.build(model.config, model.hf)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
         table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))
-        self.all = {stored.name: stored for stored in table}
+        self.all = {RENAMED.get(stored.name, stored.name): stored for stored in table}
         carrying = {f"{layer}.weight" for layer in adaptable(model)}
         self.layers = {
             name.removesuffix(".weight"): stored
@@ -70,6 +73,7 @@ class Names:
 
     def named(self, name: str, among: Mapping[str, Stored]) -> Stored | None:
         """What this name means, also where the file was made for the bare model without its head."""
+        name = RENAMED.get(name, name)
         return among.get(name) or among.get(self.family.prefix + name)
 
 
@@ -101,14 +105,14 @@ def save_adapter(model: Any, directory: Path | str, *, name: str = "default", ba
             tensors[f"{PREFIX}{module_name}.lora_A.weight"] = A
             tensors[f"{PREFIX}{module_name}.lora_B.weight"] = _laid_out(B, stored, to_ours=False)
             scaling[module_name] = len(A), alpha
-    saved = [stored for stored in names.all.values() if any(part in whole for part, _ in stored.parts)]
-    lost = [*pairs, *(part for part in whole if not any((part, None) in stored.parts for stored in saved))]
+    saved = {key: stored for key, stored in names.all.items() if any(part in whole for part, _ in stored.parts)}
+    lost = [*pairs, *(part for part in whole if not any((part, None) in one.parts for one in saved.values()))]
     if lost:
         raise UserError(f"PEFT's format has no name for an adapter of {lost[0]}.", where=str(root))
-    for stored in saved:
-        tensors[PREFIX + stored.name] = stored.pack(whole)
+    for key, stored in saved.items():
+        tensors[PREFIX + key] = stored.pack(whole)
     write_tensors(root / TENSORS, tensors.items())
-    write_json(root / CONFIG, _config(model, names, scaling, rslora, [stored.name for stored in saved], base))
+    write_json(root / CONFIG, _config(model, names, scaling, rslora, list(saved), base))
 
 
 def load_adapter(model: Any, directory: Path | str, *, name: str = "default") -> None:
