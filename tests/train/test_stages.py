@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from ownlm.artifact import Workspace
+from ownlm.cli import main
 from ownlm.errors import Interrupted, StorageFull, UserError
+from ownlm.evaluate.stage import scores_of
 from ownlm.generate.model import load
 from ownlm.models.adapters import LoRA
 from ownlm.models.weights import load_model
@@ -49,7 +51,9 @@ def test_pretrain_and_finetune_make_checkpoints(workspace: Workspace) -> None:
     assert load_model(tuned.path).config.vocab_size == tokenizer.vocab_size
 
 
-def test_an_adapter_is_tuned_and_loads_with_its_base(workspace: Workspace) -> None:
+def test_an_adapter_is_tuned_and_loads_with_its_base(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = pretrain(recipe(steps=60), workspace, Reporter.silent())
     lora = LoRA(rank=4, targets="all-linear", train_also=("lm_head",))
     made = {}
@@ -81,6 +85,16 @@ def test_an_adapter_is_tuned_and_loads_with_its_base(workspace: Workspace) -> No
     for one in (with_base, beside, folder):
         torch.testing.assert_close(one.logits(ids), wanted, atol=1e-5, rtol=1e-5)
     assert with_base.ref == made["adapter"].ref
+    monkeypatch.setenv("OWNLM_HOME", str(workspace.root))
+    capsys.readouterr()
+    said = []
+    for words in (["adapter"], [base.ref, "--adapter", "adapter"], [base.ref]):
+        assert main(["generate", *words, "--chat", "What sleeps in house 3?", "max_tokens=20"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == merged.generate([{"role": "user", "content": "What sleeps in house 3?"}]).text + "\n"
+    assert said[2] != said[0]
+    (bits,) = scores_of("adapter", tasks=["bits_per_byte"], workspace=workspace)
+    assert 0 < bits.value < 9
     with pytest.raises(UserError, match="adapter artifact, but a checkpoint artifact is needed"):
         finetune(FinetuneRecipe(name="x", checkpoint="adapter", documents="farm"), workspace, Reporter.silent())
 

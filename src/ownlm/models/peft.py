@@ -149,7 +149,7 @@ def load_adapter(model: Any, directory: Path | str, *, name: str = "default") ->
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise ArtifactError("; ".join(faults[:5]) + more + ".", where=str(root))
-    tensors = {key: tensor.float().clone() for key, tensor in read_tensors(root / TENSORS, entries)}
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor, _ in read_tensors(root / TENSORS, entries)}
     for module, keys in found.items():
         stored = cast(Stored, names.named(module, names.layers))
         A, B = tensors[keys["A"]], _laid_out(tensors[keys["B"]], stored, to_ours=True)
