@@ -1,9 +1,10 @@
 """Kill a training run with SIGKILL at random moments, again and again, and compare it bit by bit with an unbroken one.
 
-    python benchmarks/resume_kill9.py [--kills 25] [--steps 300] [--seed 0]
+    python benchmarks/resume_kill9.py [--kills 25] [--steps 300] [--seed 0] [--lora]
 
-A state is written every second step, so that many kills fall into the writing of one. Each attempt is a new process (forked
-from one that has imported torch but never used it, to save the start-up). Prints the proof; exits with 1 if a bit differs.
+With --lora an adapter is trained over a base in NF4. A state is written every second step, so that many kills fall into
+the writing of one. Each attempt is a new process (forked from one that has imported torch but never used it, to save the
+start-up). Prints the proof; exits with 1 if a bit differs.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from pathlib import Path
 import torch
 
 from ownlm import device
+from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.quantize import quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, DocumentRows
 from ownlm.tokens.shards import memory_shard
@@ -39,7 +42,7 @@ NEVER_REAP = os.WEXITED | os.WNOHANG | os.WNOWAIT
 SHAPE = ModelShape(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=64)
 
 
-def run(folder: Path, steps: int) -> None:
+def run(folder: Path, steps: int, lora: bool) -> None:
     """Train to the end in this process; every batch is noted with the step it was used in."""
     device.threads()
     texts = [f"Line {number}: {number * number} apples and {number % 7} pears.\n" * 3 for number in range(200)]
@@ -54,9 +57,16 @@ def run(folder: Path, steps: int) -> None:
         return causal_lm(model, batch)
 
     settings = Settings(
-        steps=steps, optimizer=Optimizer(), schedule=Schedule(), dtype=torch.bfloat16, checkpoint_every=CHECKPOINT_EVERY
+        steps=steps,
+        optimizer=Optimizer(kind="adamw" if lora else "muon"),
+        schedule=Schedule(),
+        dtype=torch.bfloat16,
+        checkpoint_every=CHECKPOINT_EVERY,
     )
     model = init_weights(Decoder(SHAPE.config(tokenizer.vocab_size, 32)), seed=3)
+    if lora:
+        quantize_linears(model, "int4", group=32)
+        add_lora(model, LoRA(targets="all-linear", train_also=("lm_head",)), seed=3)
     train(model, Work(name="run", folder=folder, batches=batches, objective=noted), settings, Reporter.silent())
 
 
@@ -78,17 +88,17 @@ def newest(folder: Path) -> str:
     return max((path.name for path in folder.glob("state-*")), default="")
 
 
-def prove(kills: int, steps: int, seed: int, root: Path) -> bool:
+def prove(kills: int, steps: int, seed: int, root: Path, lora: bool) -> bool:
     unbroken, killed = root / "unbroken", root / "killed"
     began = time.perf_counter()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, unbroken, steps)), 0)[1]) == 0, (
+    assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, unbroken, steps, lora)), 0)[1]) == 0, (
         "the unbroken run failed"
     )
     seconds = time.perf_counter() - began
     chance = random.Random(seed)
     done = while_writing = 0
     while done < kills:
-        process, before = start(partial(run, killed, steps)), newest(killed)
+        process, before = start(partial(run, killed, steps, lora)), newest(killed)
         # A third of the attempts die anywhere, a third after a new state, a third while one is being written.
         kind = done % 3
         while kind and os.waitid(os.P_PID, process, NEVER_REAP) is None:
@@ -102,7 +112,7 @@ def prove(kills: int, steps: int, seed: int, root: Path) -> bool:
         done += 1
         while_writing += any(killed.glob(".state-*"))
     if done == kills:
-        assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, killed, steps)), 0)[1]) == 0, (
+        assert os.waitstatus_to_exitcode(os.waitpid(start(partial(run, killed, steps, lora)), 0)[1]) == 0, (
             "the last attempt failed"
         )
     states = [checkpoint.load(folder, Reporter.silent()) for folder in (unbroken, killed)]
@@ -149,9 +159,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lora", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        return 0 if prove(options.kills, options.steps, options.seed, Path(root)) else 1
+        return 0 if prove(options.kills, options.steps, options.seed, Path(root), options.lora) else 1
 
 
 if __name__ == "__main__":

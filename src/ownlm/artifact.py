@@ -131,15 +131,16 @@ class Workspace:
     def runs(self) -> Path:
         return self.root / "runs"
 
-    def open(self, ref: str | Path, kind: str | None = None) -> Artifact:
-        """The artifact `name`, `name@version` or at a path, every file verified.
+    def open(self, ref: str | Path, kind: str | tuple[str, ...] | None = None) -> Artifact:
+        """The artifact `name`, `name@version` or at a path, every file verified; of `kind`, or of one of several.
 
         Raises NotFound, or ArtifactError when a file is missing, changed or the kind is another.
         """
         artifact = self._read(self._locate(str(ref)))
-        if kind is not None and artifact.kind != kind:
+        kinds = (kind,) if isinstance(kind, str) else kind
+        if kinds is not None and artifact.kind not in kinds:
             raise ArtifactError(
-                f"a {artifact.kind} artifact, but a {kind} artifact is needed here.", where=artifact.ref
+                f"a {artifact.kind} artifact, but a {' or '.join(kinds)} artifact is needed here.", where=artifact.ref
             )
         key = (str(artifact.path), artifact.digest)
         if key not in self.verified:

@@ -113,7 +113,7 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, workspace=_workspace())
+    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace())
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -134,14 +134,22 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, workspace=_workspace()), sampling=sampling)
+    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace()), sampling=sampling)
 
 
 def serve(args: Arguments, reporter: Reporter) -> None:
     """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
     from ownlm.serve.server import serve as run
 
-    run(args.ref, host=args.host, port=args.port, api_keys=device.api_keys(), workspace=_workspace(), reporter=reporter)
+    run(
+        args.ref,
+        adapter=args.adapter,
+        host=args.host,
+        port=args.port,
+        api_keys=device.api_keys(),
+        workspace=_workspace(),
+        reporter=reporter,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +165,10 @@ REF = ("ref", {"metavar": "NAME", "help": "name, name@version, or a folder"})
 OVERRIDE = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "change a value of the recipe, e.g. pretrain.steps=200"},
+)
+ADAPTER = (
+    "--adapter",
+    {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
 )
 SAMPLING = (
     "override",
@@ -196,14 +208,16 @@ COMMANDS: dict[str, Command] = {
             REF,
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
+            ADAPTER,
             SAMPLING,
         ),
     ),
-    "chat": Command(run=chat, arguments=(REF, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
     "serve": Command(
         run=serve,
         arguments=(
             REF,
+            ADAPTER,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
         ),

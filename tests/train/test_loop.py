@@ -1,13 +1,15 @@
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from ownlm.errors import Busy, Interrupted, UserError
+from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.quantize import Scheme, quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, ConversationRows, DocumentRows, validation_documents
 from ownlm.tokens.shards import memory_shard
@@ -26,6 +28,15 @@ SHARD = memory_shard(TEXTS, TOKENIZER)
 
 def model() -> Decoder:
     return init_weights(Decoder(SHAPE.config(TOKENIZER.vocab_size, 32)), seed=1)
+
+
+def adapted(base: Scheme | None = None) -> Decoder:
+    """The same with an adapter: over weights, or over integers."""
+    decoder = init_weights(Decoder(SHAPE.config(TOKENIZER.vocab_size, 32)), seed=1, zero_output=False)
+    if base is not None:
+        quantize_linears(decoder, base, group=8)
+    add_lora(decoder, LoRA(rank=2, targets="all-linear", train_also=("lm_head",)), seed=2)
+    return decoder
 
 
 def work(folder: Path, micro_rows: int = 4, **changes: object) -> Work:
@@ -68,7 +79,10 @@ def test_it_learns_in_bf16_and_validates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("model", [model, adapted, lambda: adapted("int4")], ids=["whole", "lora", "int4"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, model: Callable[[], Decoder]
+) -> None:
     whole, parts = model(), model()
     unbroken = train(whole, work(tmp_path / "whole"), settings(dtype=dtype), Reporter.silent())
     calls = 0
@@ -90,6 +104,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, dtype: torch.dty
         [{key: row[key] for key in row if key != "tokens_per_s"} for row in run.rows] for run in (unbroken, broken)
     ]
     assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_learns_and_its_state_holds_nothing_else(tmp_path: Path, dtype: torch.dtype) -> None:
+    decoder = adapted()
+    frozen = {name: p.detach().clone() for name, p in decoder.named_parameters() if not p.requires_grad}
+    trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    adamw = Optimizer(kind="adamw", lr=0.01, head_lr=0.005)
+    outcome = train(
+        decoder, work(tmp_path), settings(30, dtype, optimizer=adamw, checkpoint_every=30), Reporter.silent()
+    )
+    assert outcome.rows[-1]["loss"] < outcome.rows[0]["loss"] - 1
+    state = checkpoint.load(tmp_path, Reporter.silent())
+    assert state is not None
+    assert {name: len(state.tensors[name]) for name in ("master", "first", "second")} == dict.fromkeys(
+        ("master", "first", "second"), trained
+    )
+    for name, parameter in decoder.named_parameters():
+        assert parameter.dtype == torch.float32
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name].to(dtype).float())
 
 
 def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:

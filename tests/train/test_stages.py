@@ -4,10 +4,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ownlm.artifact import Workspace
+from ownlm.cli import main
 from ownlm.errors import Interrupted, StorageFull, UserError
+from ownlm.evaluate.stage import scores_of
+from ownlm.generate.model import load
+from ownlm.models.adapters import LoRA
 from ownlm.models.weights import load_model
+from ownlm.recipe import validate
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 from ownlm.train import checkpoint, stages
@@ -43,6 +49,72 @@ def test_pretrain_and_finetune_make_checkpoints(workspace: Workspace) -> None:
     assert tuned.file("mask.txt").read_text().count("[") == 1
     tokenizer = Tokenizer.load(tuned.path)
     assert load_model(tuned.path).config.vocab_size == tokenizer.vocab_size
+
+
+def test_an_adapter_is_tuned_and_loads_with_its_base(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = pretrain(recipe(steps=60), workspace, Reporter.silent())
+    lora = LoRA(rank=4, targets="all-linear", train_also=("lm_head",))
+    made = {}
+    for name, changes in {"adapter": {}, "merged": {"merge": True}, "int4": {"base_precision": "int4"}}.items():
+        tuning = FinetuneRecipe(
+            name=name, checkpoint=base.ref, documents="farm", lora=lora, steps=40, batch_tokens=256, precision="fp32", **changes
+        )  # fmt: skip
+        made[name] = finetune(tuning, workspace, Reporter.silent())
+        assert finetune(tuning, workspace, Reporter.silent()).ref == made[name].ref
+    assert {name: one.kind for name, one in made.items()} == {
+        "adapter": "adapter",
+        "merged": "checkpoint",
+        "int4": "adapter",
+    }
+    assert not list(workspace.runs.glob("merged-*"))
+    for one in made.values():
+        rows = [json.loads(line) for line in one.file("metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["loss"] < rows[0]["loss"] / 2
+        assert one.facts["trained_parameters"] < one.facts["parameters"]
+    wanted_files = {"adapter_config.json", "adapter_model.safetensors", "mask.txt", "metrics.jsonl"}
+    assert made["adapter"].manifest.files.keys() == wanted_files
+    assert json.loads(made["adapter"].file("adapter_config.json").read_text())["base_model_name_or_path"] == base.ref
+    ids = torch.arange(40)[None] + 40
+    with_base, merged = load("adapter", workspace=workspace), load("merged", workspace=workspace)
+    beside = load(base.ref, adapter="adapter", workspace=workspace)
+    folder = load(str(base.path), adapter=made["adapter"].path, workspace=workspace)
+    wanted = merged.logits(ids)
+    assert (wanted - load(base.ref, workspace=workspace).logits(ids)).abs().max() > 0.1
+    for one in (with_base, beside, folder):
+        torch.testing.assert_close(one.logits(ids), wanted, atol=1e-5, rtol=1e-5)
+    assert with_base.ref == made["adapter"].ref
+    monkeypatch.setenv("OWNLM_HOME", str(workspace.root))
+    capsys.readouterr()
+    said = []
+    for words in (["adapter"], [base.ref, "--adapter", "adapter"], [base.ref]):
+        assert main(["generate", *words, "--chat", "What sleeps in house 3?", "max_tokens=20"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == merged.generate([{"role": "user", "content": "What sleeps in house 3?"}]).text + "\n"
+    assert said[2] != said[0]
+    (bits,) = scores_of("adapter", tasks=["bits_per_byte"], workspace=workspace)
+    assert 0 < bits.value < 9
+    with pytest.raises(UserError, match="adapter artifact, but a checkpoint artifact is needed"):
+        finetune(FinetuneRecipe(name="x", checkpoint="adapter", documents="farm"), workspace, Reporter.silent())
+
+
+def test_the_recipe_of_an_adapter_is_checked() -> None:
+    tuning = {"name": "x", "checkpoint": "base", "documents": "farm"}
+    given = validate(FinetuneRecipe, tuning | {"lora": {"targets": ["q_proj"], "alpha": 8}}, where="r")
+    assert given.lora == LoRA(targets=("q_proj",), alpha=8.0)
+    assert validate(FinetuneRecipe, tuning | {"lora": {"targets": "all-linear"}}, where="r").lora is not None
+    for wrong, sentence in (
+        ({"base_precision": "int8"}, "belong to a lora table"),
+        ({"merge": True}, "belong to a lora table"),
+        ({"lora": {}, "optimizer": {"kind": "muon"}}, "adamw"),
+        ({"lora": {"rank": 0}}, "rank starts at 1"),
+        ({"lora": {"targets": []}}, "at least one layer"),
+        ({"lora": {"ranks": 3}}, "Did you mean rank"),
+        ({"lora": {"targets": "q_proj"}}, "lora.targets"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            validate(FinetuneRecipe, tuning | wrong, where="r")
 
 
 def test_a_stopped_stage_goes_on_to_the_same_weights(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

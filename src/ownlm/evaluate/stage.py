@@ -65,7 +65,7 @@ class EvaluateRecipe:
 
 def evaluate(recipe: EvaluateRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
     """The scores artifact: scores.json, answers.jsonl, report.md with its pictures, and report.html, which stands alone."""
-    checkpoint = workspace.open(recipe.checkpoint, "checkpoint")
+    checkpoint = workspace.open(recipe.checkpoint, ("checkpoint", "adapter"))
     documents = workspace.open(recipe.documents, "documents")
     recipe = replace(recipe, files=tuple(map(pinned, recipe.files)))
     inputs = {"checkpoint": checkpoint, "documents": documents}
@@ -114,7 +114,7 @@ def scores_of(
 ) -> list[Score]:
     """`evaluate` by reference; the documents are those the checkpoint was made from, unless others are named."""
     workspace = workspace or Workspace(device.home())
-    checkpoint = workspace.open(ref, "checkpoint")
+    checkpoint = workspace.open(ref, ("checkpoint", "adapter"))
     sources = [one.ref for one in lineage(workspace, checkpoint) if one.kind == "documents" and one.state == "here"]
     if documents is None and not sources:
         raise UserError(f"the documents {checkpoint.ref} was made from are gone.", cure="Name others: documents=…")

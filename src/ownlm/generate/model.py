@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Workspace
-from ownlm.errors import ContextTooLong, UserError
+from ownlm.artifact import Artifact, Workspace
+from ownlm.errors import ArtifactError, ContextTooLong, UserError
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.engine import Engine, Event
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.vision import ImageClassifier, ImageText
+from ownlm.models import peft
+from ownlm.models.adapters import merge
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
@@ -50,23 +52,43 @@ FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding inc
 
 
 def load(
-    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+    ref: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    workspace: Workspace | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Loaded:
     """The model `name`, `name@version`, at a path, or in a Hugging Face directory: a `Model`, ready to generate; for an
-    encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`.
+    encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its base.
 
-    dtype   of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
+    adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
+    dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
     workspace = workspace or Workspace(machine.home())
     where = machine.torch_device(device)
-    path = Path(ref)
+    path, adapters = Path(ref), [] if adapter is None else [adapter]
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         name, full_ref, digest = path.resolve().name, str(ref), ""
+    elif (path / peft.CONFIG).is_file() and not (path / "manifest.json").is_file():
+        raise UserError("this is an adapter without its base.", where=str(ref), cure="Load the base, adapter=this.")
     else:
-        artifact = workspace.open(ref, kind="checkpoint")
-        path, name, full_ref, digest = artifact.path, artifact.name, artifact.ref, artifact.digest
-    module = load_model(path, dtype=dtype or torch.float32, device=where)
+        artifact = workspace.open(ref, kind=("checkpoint", "adapter"))
+        name, full_ref, digest = artifact.name, artifact.ref, artifact.digest
+        if artifact.kind == "adapter":
+            adapters.insert(0, artifact.path)
+            artifact = base_of(artifact, workspace)
+        path = artifact.path
+    module = load_model(path, dtype=torch.float32 if adapters else dtype or torch.float32, device=where)
+    for one in adapters:
+        in_folder = (Path(one) / peft.CONFIG).is_file()
+        peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
+        merge(module)
+    if adapters:
+        module.to(dtype or torch.float32)
+    if adapter is not None:
+        full_ref, digest = f"{full_ref} + {adapter}", ""
     if type(module) not in OPENERS:
         raise UserError(f"a {type(module).__name__} does nothing by itself.", where=str(ref))
     model: Loaded = OPENERS[type(module)](module, path, name=name, ref=full_ref, digest=digest)
@@ -74,20 +96,30 @@ def load(
 
 
 def load_writer(
-    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+    ref: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    workspace: Workspace | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> "Model | Seq2Seq":
     """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, workspace=workspace, device=device, dtype=dtype)
+    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model | Seq2Seq):
         raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
     return model
 
 
 def load_decoder(
-    ref: str | Path, *, workspace: Workspace | None = None, device: str | None = None, dtype: torch.dtype | None = None
+    ref: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    workspace: Workspace | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(ref, workspace=workspace, device=device, dtype=dtype)
+    model = load_writer(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
@@ -95,6 +127,15 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
+
+
+def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
+    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
+    source = adapter.manifest.inputs["checkpoint"]
+    base = workspace.open(source["ref"], "checkpoint")
+    if base.digest != source["digest"]:
+        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
+    return base
 
 
 class Model:
@@ -216,9 +257,7 @@ class Model:
             if event.text:
                 yield event.text
 
-    def events(
-        self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None
-    ) -> Iterator[Event]:
+    def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
             engine = self._engine = self._engine or self.engine(min(self.slots, 8))

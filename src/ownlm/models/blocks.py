@@ -77,8 +77,11 @@ def make_norm(size: int, norm: Norm) -> nn.Module:
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Each layer's output of the same x; in training as one GEMM, which also sums the gradient of x by itself."""
-    if not torch.is_grad_enabled():
+    """Each layer's output of the same x; in training as one GEMM, which also sums the gradient of x by itself.
+
+    Layers that are more than their weight (adapted, quantised) compute for themselves.
+    """
+    if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
         return tuple(layer(x) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])

@@ -24,6 +24,7 @@ SHUTDOWN_S = 10  # open streams may finish; then they are cut
 def serve(
     ref: str | Path | Model,
     *,
+    adapter: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: Collection[str] = (),
@@ -38,7 +39,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
-    ready  called with the running server and its address once it answers; `server.should_exit = True` ends it
+    adapter  merged into a model that is named, as in `load`
+    ready    called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
     """
     reporter = reporter or Reporter.silent()
@@ -51,7 +53,7 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home())
-        model = ref if isinstance(ref, Model) else load_decoder(ref, workspace=workspace)
+        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,

@@ -46,16 +46,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None
     ) -> Tensor:
         bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        ctx.gradients = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32), bias
+        # A frozen head (LoRA) needs none of its own, which is a third of the work here.
+        weight = torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        ctx.gradients = torch.empty_like(hidden_ND), weight, bias
         ctx.dtype = weight_VD.dtype
         return _forward(hidden_ND, weight_VD, bias_V, targets_N, softcap, ctx.gradients)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         hidden_ND, weight_VD, bias_V = ctx.gradients
         bias = None if bias_V is None else bias_V.mul_(scale).to(ctx.dtype)
-        return hidden_ND.mul_(scale), weight_VD.mul_(scale).to(ctx.dtype), bias, None, None
+        weight = None if weight_VD is None else weight_VD.mul_(scale).to(ctx.dtype)
+        return hidden_ND.mul_(scale), weight, bias, None, None
 
 
 def _forward(
@@ -64,7 +67,7 @@ def _forward(
     bias_V: Tensor | None,
     targets_N: Tensor,
     softcap: float | None,
-    gradients: tuple[Tensor, Tensor, Tensor | None] | None,
+    gradients: tuple[Tensor, Tensor | None, Tensor | None] | None,
 ) -> Tensor:
     """The loss; where `gradients` of (hidden, weight, bias) are given, they are written too."""
     loss = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -86,7 +89,8 @@ def _forward(
             slope *= 1 - bent * bent
         slope = slope.to(part.dtype)
         torch.mm(slope, weight_VD, out=gradients[0][start : start + rows])
-        gradients[1].add_(slope.mT @ part)
+        if gradients[1] is not None:
+            gradients[1].add_(slope.mT @ part)
         if gradients[2] is not None:
             gradients[2].add_(slope.sum(0, dtype=torch.float32))
     return loss

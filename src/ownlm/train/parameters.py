@@ -51,7 +51,8 @@ class Parameters:
     """A model's parameters, moved into flat buffers. Changes with every step.
 
     master (fp32): the weights. gradient (fp32): their summed gradients. The model's own tensors are views of `compute`, which is
-    `master` itself in fp32 and a bf16 copy of it otherwise; their .grad are views of `compute_gradient`.
+    `master` itself in fp32 and a bf16 copy of it otherwise; their .grad are views of `compute_gradient`. What needs no
+    gradient is none of them: it is only cast to the dtype of the computation.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -61,6 +62,9 @@ class Parameters:
             kind = role(name, named[name])
             return ORDER.index(kind), tuple(named[name].shape) if kind == "matrix" else ()
 
+        for frozen in model.parameters():
+            if not frozen.requires_grad:
+                frozen.data = frozen.data.to(dtype)
         device = next(iter(named.values())).device
         total = sum(p.numel() for p in named.values())
         self.master = torch.empty(total, dtype=torch.float32, device=device)
@@ -104,9 +108,11 @@ class Parameters:
         return float(torch.linalg.vector_norm(self.gradient))
 
     def release(self, model: nn.Module) -> None:
-        """Give the model its fp32 weights, without gradients: training is over."""
+        """Give the model its fp32 weights, without gradients: training is over. Frozen ones stay as rounded as they were."""
         for name, parameter in model.named_parameters():
             parameter.grad = None
             if name in self.places:
                 start, stop = self.places[name]
                 parameter.data = self.master[start:stop].view(parameter.shape)
+            else:
+                parameter.data = parameter.data.float()

@@ -2,7 +2,7 @@
 
     documents ─┐         (teacher) ─┐
     tokenizer ─┴► tokens ───────────┴► pretrain ─► checkpoint ─┐
-    conversations ─────────────────────────────────────────────┴► finetune ─► checkpoint
+    conversations ─────────────────────────────────────────────┴► finetune ─► checkpoint, or adapter
 
 A checkpoint is a Hugging Face directory (config.json, model.safetensors, tokenizer) with the training curve beside it.
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,10 @@ import torch
 from ownlm import device
 from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
 from ownlm.errors import UserError
+from ownlm.models.adapters import LoRA, add_lora, merge
 from ownlm.models.decoder import Decoder, DecoderConfig, uniform
+from ownlm.models.peft import load_adapter, save_adapter
+from ownlm.models.quantize import Scheme, quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.weights import load_model, save_model
 from ownlm.records import Conversation, read_jsonl
@@ -37,9 +41,23 @@ from ownlm.train.pretraining import CausalLM, Learning, corruption_of, data, lea
 from ownlm.train.schedule import Schedule
 
 Precision = Literal["auto", "bf16", "fp32"]
+Kind = Literal["checkpoint", "adapter"]
 Sample = Callable[[Decoder, Tokenizer], str]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VALIDATION_TOKENS = 32_768  # of one validation during training; the last one reads every held-out document
+TUNING = Optimizer(lr=0.01, embedding_lr=0.005, head_lr=0.0025, vector_lr=0.005)
+# AdamW: Muon would step equally far along all r directions of a pair, learned or not. Found on models of 64 to 200 hidden
+# units, where anything from 0.005 to 0.02 does; a billion parameters want about 2e-4. Decay would pull B A, not the weight.
+LORA_TUNING = Optimizer(
+    kind="adamw",
+    lr=0.01,
+    embedding_lr=0.005,
+    head_lr=0.005,
+    vector_lr=0.005,
+    betas=(0.9, 0.99),
+    eps=1e-8,
+    weight_decay=0.0,
+)
 MICRO_TOKENS = 8_192  # of a micro-batch: what bounds the memory of activations
 
 
@@ -114,19 +132,26 @@ class PretrainRecipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneRecipe:
     """A chat model from a checkpoint and the conversations of a documents artifact. `document_share` of the rows are
-    documents again, so that what was read is not forgotten. `context` None: the checkpoint's."""
+    documents again, so that what was read is not forgotten. `context` None: the checkpoint's.
+
+    With a `lora` table only an adapter is trained and kept, over a base in `base_precision`; `merge` makes a whole
+    checkpoint of it. A base that never saw a chat must learn the tokens of its turns: train_also = ["lm_head"].
+    `optimizer` None: Muon for the whole model (lr 0.01), AdamW for an adapter (lr 0.01; larger models want less, 2e-4 at
+    a billion parameters).
+    """
 
     name: str
     checkpoint: str
     documents: str
+    lora: LoRA | None = None
+    base_precision: Scheme | None = None
+    merge: bool = False
     document_share: float = 0.0
     context: int | None = None
     batch_tokens: int = 2_048
     micro_rows: int | None = None
     steps: int = 300
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(lr=0.01, embedding_lr=0.005, head_lr=0.0025, vector_lr=0.005)
-    )
+    optimizer: Optimizer | None = None
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = "auto"
     validate_every: int | None = 100
@@ -137,6 +162,10 @@ class FinetuneRecipe:
         _check_sizes(self)
         if not 0 <= self.document_share < 1:
             raise ValueError("document_share is at least 0 and less than 1")
+        if self.lora is None and (self.base_precision is not None or self.merge):
+            raise ValueError("base_precision and merge belong to a lora table")
+        if self.lora is not None and self.optimizer is not None and self.optimizer.kind == "muon":
+            raise ValueError('the thin matrices of lora learn with optimizer.kind = "adamw"')
 
 
 def pretrain(
@@ -180,34 +209,38 @@ def pretrain(
         document_mask=recipe.document_mask,
         seed=recipe.seed,
     )
-    return _run(
-        recipe.objective.kind,
-        recipe,
-        workspace,
-        reporter,
-        inputs,
-        tokenizer,
-        model,
-        prepared.batches,
-        prepared.everything,
-        sample if isinstance(model, Decoder) else None,
-        held_out=prepared.held_out,
+    run = _Run(
+        kind="checkpoint",
+        objective=recipe.objective.kind,
+        parameters=_parameters(model),
         learn=learn,
         judge=judge,
+        recipe=recipe,
+        optimizer=recipe.optimizer,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        context=recipe.context,
+        batches=prepared.batches,
+        everything=prepared.everything,
+        sample=sample if isinstance(model, Decoder) else None,
+        held_out=prepared.held_out,
     )
+    return _train(run, model, workspace, reporter)
 
 
 def finetune(
     recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter, *, sample: Sample | None = None
 ) -> Artifact:
-    """A checkpoint artifact: the checkpoint tuned on conversations, of which only the assistant's words are learned.
+    """The checkpoint tuned on conversations, of which only the assistant's words are learned: a checkpoint artifact, or with
+    `lora` an adapter.
 
     Before the first step the first conversation is shown with what is trained in it, and kept as mask.txt.
     """
     base = workspace.open(recipe.checkpoint, "checkpoint")
     source = workspace.open(recipe.documents, "documents")
     inputs = {"checkpoint": base, "documents": source}
-    if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
+    kind: Kind = "checkpoint" if recipe.lora is None or recipe.merge else "adapter"
+    if found := workspace.find(recipe.name, kind=kind, inputs=inputs, recipe=recipe, seed=recipe.seed):
         return found
     tokenizer = Tokenizer.load(base.path)
     model = load_model(base.path, dtype=torch.float32)
@@ -244,47 +277,71 @@ def finetune(
         everything = lambda: validation_conversations(held_out, rows=micro_rows)
     shown = show_mask(tokenizer, conversations)
     reporter.line(f"What is trained in the first conversation, between [ ]:\n{shown}")
-    return _run("chat", recipe, workspace, reporter, inputs, tokenizer, model, batches, everything, sample, mask=shown)
+    parameters = _parameters(model)  # before they become integers
+    if recipe.base_precision is not None:
+        quantize_linears(model, recipe.base_precision)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, seed=recipe.seed)
+    run = _Run(
+        kind=kind,
+        objective="chat",
+        parameters=parameters,
+        learn=OBJECTIVES["chat"],
+        judge=OBJECTIVES["chat"],
+        recipe=recipe,
+        optimizer=recipe.optimizer or (TUNING if recipe.lora is None else LORA_TUNING),
+        inputs=inputs,
+        tokenizer=tokenizer,
+        context=context,
+        batches=batches,
+        everything=everything,
+        sample=sample,
+        mask=shown,
+    )
+    return _train(run, model, workspace, reporter)
 
 
-def _run(
-    objective: str,
-    recipe: PretrainRecipe | FinetuneRecipe,
-    workspace: Workspace,
-    reporter: Reporter,
-    inputs: Mapping[str, Artifact],
-    tokenizer: Tokenizer,
-    model: Any,
-    batches: Batches | Made[Micro],
-    everything: Callable[[], Iterable[Micro]] | None,
-    sample: Sample | None,
-    *,
-    held_out: Shard | None = None,
-    mask: str | None = None,
-    learn: Objective | None = None,
-    judge: Objective | None = None,
-) -> Artifact:
-    """Train, judge on all that was held out, and write the artifact. `learn` is the objective where it needs more than its name,
-    and `judge` the one that scores what was held out, if another."""
-    learn = learn or OBJECTIVES[objective]
-    judge = judge or learn
-    context = recipe.context or model.config.max_tokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What the two stages hand to the one that trains. `learn` is minimised, `judge` scores what was held out; `everything`
+    yields all of that, `held_out` its bytes; `mask` is the text of mask.txt."""
+
+    kind: Kind
+    objective: str
+    parameters: int
+    learn: Objective
+    judge: Objective
+    recipe: PretrainRecipe | FinetuneRecipe
+    optimizer: Optimizer
+    inputs: Mapping[str, Artifact]
+    tokenizer: Tokenizer
+    context: int
+    batches: Batches | Made[Micro]
+    everything: Callable[[], Iterable[Micro]] | None
+    sample: Sample | None
+    held_out: Shard | None = None
+    mask: str | None = None
+
+
+def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> Artifact:
+    """Train, judge on all that was held out, and write the artifact."""
+    recipe, batches, everything, sample = run.recipe, run.batches, run.everything, run.sample
     device.threads()
     target = device.torch_device()
     model.to(target)
-    made_from = fingerprint("checkpoint", inputs, recipe, recipe.seed)
+    made_from = fingerprint(run.kind, run.inputs, recipe, recipe.seed)
     folder = workspace.runs / f"{recipe.name}-{made_from[:12]}"
-    if mask is not None:
+    if run.mask is not None:
         with storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / "mask.txt", mask + "\n")
+            write_atomic(folder / "mask.txt", run.mask + "\n")
     some = None
     if everything is not None:
-        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * context))
+        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * run.context))
         some = lambda: islice(everything(), count)
     settings = Settings(
         steps=recipe.steps,
-        optimizer=recipe.optimizer,
+        optimizer=run.optimizer,
         schedule=recipe.schedule,
         dtype=device.compute_dtype(target) if recipe.precision == "auto" else DTYPES[recipe.precision],
         validate_every=recipe.validate_every,
@@ -294,21 +351,24 @@ def _run(
         name=recipe.name,
         folder=folder,
         batches=batches,
-        objective=learn,
+        objective=run.learn,
         validation=some,
-        judge=judge,
-        sample=None if sample is None else lambda model: sample(model, tokenizer),
+        judge=run.judge,
+        sample=None if sample is None else lambda model: sample(model, run.tokenizer),
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = run.parameters
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_them = "" if trained == parameters else f"{quantity(trained)} trained of "
     reporter.line(
-        f"{recipe.name}: {quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {context} tokens, "
+        f"{recipe.name}: {of_them}{quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {run.context} tokens, "
         f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
     )
     outcome = train(model, work, settings, reporter)
     ended = time.perf_counter()
     facts = {
-        "objective": objective,
+        "objective": run.objective,
         "parameters": parameters,
+        "trained_parameters": trained,
         "precision": str(settings.dtype).removeprefix("torch."),
         "epochs": recipe.steps / batches.steps_per_epoch,
         "steps": outcome.steps,
@@ -319,25 +379,21 @@ def _run(
         "peak_memory_bytes": device.peak_memory_bytes(),
     }
     if everything is not None:
-        loss = facts["validation_loss"] = validate(model.eval(), judge, everything())
-        if held_out is not None:
+        loss = facts["validation_loss"] = validate(model.eval(), run.judge, everything())
+        if run.held_out is not None:
             # Every token is a target once, so the sum of losses is the information in the whole text.
-            trained = sum(batch.num_trained for batch in everything())
-            facts["bits_per_byte"] = loss * trained / math.log(2) / held_out.bytes
+            targets = sum(batch.num_trained for batch in everything())
+            facts["bits_per_byte"] = loss * targets / math.log(2) / run.held_out.bytes
     return_freed_memory()
     facts["stage_seconds"] = outcome.seconds + time.perf_counter() - ended  # with the last validation
-    with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
-        save_model(
-            model.eval(),
-            draft.path,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=sorted(tokenizer.stop_ids),
-            pad_token_id=tokenizer.pad_id,
-        )
-        tokenizer.save(draft.path)
+    with workspace.create(run.kind, recipe.name, inputs=run.inputs, recipe=recipe, seed=recipe.seed) as draft:
+        if run.kind == "adapter":
+            save_adapter(model, draft.path, base=run.inputs["checkpoint"].ref)
+        else:
+            _save_checkpoint(run, model, folder, draft.path)
         (draft.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outcome.rows))
-        if mask is not None:
-            (draft.path / "mask.txt").write_text(mask + "\n", encoding="utf-8")
+        if run.mask is not None:
+            (draft.path / "mask.txt").write_text(run.mask + "\n", encoding="utf-8")
         draft.facts |= facts
     shutil.rmtree(folder, ignore_errors=True)
     said = f", held-out loss {facts['validation_loss']:.3f}" if everything is not None else ""
@@ -345,8 +401,25 @@ def _run(
     reporter.line(
         f"{draft.done.ref}: {quantity(outcome.tokens)} tokens in {duration(outcome.seconds)}, loss {outcome.loss:.3f}{said}"
     )
-    reporter.event("checkpoint", ref=draft.done.ref, **facts)
+    reporter.event(run.kind, ref=draft.done.ref, **facts)
     return draft.done
+
+
+def _save_checkpoint(run: _Run, model: Any, runs: Path, folder: Path) -> None:
+    """Write the whole model. An adapter goes into a fresh copy of its base: the one in memory may be rounded or quantised."""
+    if isinstance(run.recipe, FinetuneRecipe) and run.recipe.lora is not None:
+        save_adapter(model, runs / "adapter")
+        model = load_model(run.inputs["checkpoint"].path, dtype=torch.float32)
+        load_adapter(model, runs / "adapter")
+        merge(model)
+    save_model(
+        model.eval(),
+        folder,
+        bos_token_id=run.tokenizer.bos_id,
+        eos_token_id=sorted(run.tokenizer.stop_ids),
+        pad_token_id=run.tokenizer.pad_id,
+    )
+    run.tokenizer.save(folder)
 
 
 def show_mask(tokenizer: Tokenizer, conversations: ConversationRows) -> str:
@@ -375,6 +448,10 @@ def _conversations(source: Artifact, file: str, tokenizer: Tokenizer, context: i
             cure="Add jsonl files with `messages`, or finetune on other documents.",
         )
     return ConversationRows(read_jsonl(source.file(file), Conversation), tokenizer, context, seed=seed)
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _micro_rows(asked: int | None, rows: int, context: int) -> int:

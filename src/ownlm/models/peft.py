@@ -1,0 +1,295 @@
+"""Adapters on disk as PEFT lays them out, so that either library loads what the other trained.
+
+    adapter_config.json          rank, alpha, which modules; only plain LoRA is taken
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, I), .lora_B.weight (O, r); whole modules
+
+Modules carry the names of the family's checkpoint files. Where a file has q, k and v in one tensor (GPT-2's c_attn, Phi-3's
+qkv_proj), one stored pair is three of ours: they share A, and B is split by rows. The other way round, pairs of ours that
+don't share their A become one pair of higher rank with a block-diagonal B: exactly the same function.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ownlm.errors import ArtifactError, UserError
+from ownlm.models.adapters import (
+    Adapted,
+    Pair,
+    adaptable,
+    adapters,
+    attach,
+    check_name,
+    copy_module,
+    divisor,
+    ends,
+    use_adapter,
+    wrappers,
+)
+from ownlm.models.decoder import Decoder
+from ownlm.models.families import FAMILIES, to_hf
+from ownlm.models.names import LAYOUTS, Stored, stored_tensors
+from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
+from ownlm.models.weights import read_json, write_json
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Layouts that leave the rows of a linear layer whole. PEFT keeps B as (O, r) where the weight is stored transposed.
+LINEAR = ("same", "transposed", "by_head", "pairs")
+RENAMED = {
+    "embed_out.weight": "lm_head.weight"
+}  # GPT-NeoX: PEFT goes by transformers' modules, which have another name
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip  # of no consequence for what a finished adapter computes
+READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+# The other initialisations (pissa, olora, …) leave an adapter to a base whose weights were changed.
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class Names:
+    """The stored names of a model: of every tensor, and of those that belong to layers that can carry a pair."""
+
+    def __init__(self, model: Any) -> None:
+        hf = model.hf or to_hf(model.config)
+        self.family = FAMILIES[hf["model_type"]]
+        with torch.device("meta"):
+            bare = self.family.build(model.config, model.hf)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
+        table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))
+        self.all = {RENAMED.get(stored.name, stored.name): stored for stored in table}
+        carrying = {f"{layer}.weight" for layer in adaptable(model)}
+        self.layers = {
+            name.removesuffix(".weight"): stored
+            for name, stored in self.all.items()
+            if name.endswith(".weight") and stored.layout in LINEAR and {part for part, _ in stored.parts} <= carrying
+        }
+
+    def named(self, name: str, among: Mapping[str, Stored]) -> Stored | None:
+        """What this name means, also where the file was made for the bare model without its head."""
+        name = RENAMED.get(name, name)
+        return among.get(name) or among.get(self.family.prefix + name)
+
+
+def save_adapter(model: Any, directory: Path | str, *, name: str = "default", base: str = "") -> None:
+    """Write one adapter of the model. `base` is what the config will name as its base model.
+
+    Raises UserError for layers that PEFT has no names for.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    if name not in adapters(model):
+        raise UserError(f"there is no adapter {name!r} on this model.", where=str(root))
+    names = Names(model)
+    pairs: dict[str, Pair] = {}
+    whole: dict[str, Tensor] = {}
+    for layer, module in wrappers(model):
+        if isinstance(module, Adapted):
+            pairs |= {layer: cast(Pair, module.pairs[name])} if name in module.pairs else {}
+        elif name in module.copies:
+            whole |= {f"{layer}.{key}": value for key, value in module.copies[name].named_parameters()}
+    rslora = any(pair.rslora for pair in pairs.values())
+    tensors: dict[str, Tensor] = {}
+    scaling: dict[str, tuple[int, float]] = {}
+    for module_name, stored in names.layers.items():
+        layers = [part.removesuffix(".weight") for part, _ in stored.parts]
+        parts = [pairs.pop(layer, None) for layer in layers]
+        if any(part is not None for part in parts):
+            A, B, alpha = _joined(parts, [names.shapes[part][0] for part, _ in stored.parts])
+            tensors[f"{PREFIX}{module_name}.lora_A.weight"] = A
+            tensors[f"{PREFIX}{module_name}.lora_B.weight"] = _laid_out(B, stored, to_ours=False)
+            scaling[module_name] = len(A), alpha
+    saved = {key: stored for key, stored in names.all.items() if any(part in whole for part, _ in stored.parts)}
+    lost = [*pairs, *(part for part in whole if not any((part, None) in one.parts for one in saved.values()))]
+    if lost:
+        raise UserError(f"PEFT's format has no name for an adapter of {lost[0]}.", where=str(root))
+    for key, stored in saved.items():
+        tensors[PREFIX + key] = stored.pack(whole)
+    write_tensors(root / TENSORS, tensors.items())
+    write_json(root / CONFIG, _config(model, names, scaling, rslora, list(saved), base))
+
+
+def load_adapter(model: Any, directory: Path | str, *, name: str = "default") -> None:
+    """Hang an adapter in PEFT's format on the model and choose it. The base stays as it is.
+
+    Raises NotFound, UserError (a kind of adapter or an option we don't compute, by name) and ArtifactError (damaged
+    file; tensors that don't fit the model).
+    """
+    root = Path(directory)
+    check_name(name)
+    config = read_config(root)
+    entries = read_header(root / TENSORS)
+    names = Names(model)
+    found: dict[str, dict[str, str]] = {}  # module -> "A" or "B" -> its key in the file
+    whole: dict[str, Stored] = {}
+    faults = []
+    for key, entry in entries.items():
+        inner = key.removeprefix(PREFIX)
+        module, _, end = inner.rpartition(".lora_")
+        if key == inner or not entry.dtype.is_floating_point:
+            faults.append(f"tensor {key} is not an adapter's")
+        elif end in ("A.weight", "B.weight"):
+            found.setdefault(module, {})[end[0]] = key
+        elif not module and (stored := names.named(inner, names.all)) is not None:
+            whole[key] = stored
+            shape = stored.shape({part: torch.empty(names.shapes[part], device="meta") for part, _ in stored.parts})
+            if entry.shape != shape:
+                faults.append(f"tensor {key} has shape {entry.shape}, the model asks for {shape}")
+        else:
+            faults.append(f"tensor {key} is unexpected: the model has nothing of that name")
+    for module, keys in found.items():
+        faults += _faults(module, keys, entries, names, config)
+    faults += [f"{module} is among target_modules, but not in the file" for module in _missing(config, found, names)]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise ArtifactError("; ".join(faults[:5]) + more + ".", where=str(root))
+    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor, _ in read_tensors(root / TENSORS, entries)}
+    for module, keys in found.items():
+        stored = cast(Stored, names.named(module, names.layers))
+        A, B = tensors[keys["A"]], _laid_out(tensors[keys["B"]], stored, to_ours=True)
+        sizes = [names.shapes[part][0] for part, _ in stored.parts]
+        for (part, _), rows in zip(stored.parts, torch.split(B, sizes), strict=True):
+            pair = Pair(
+                A.clone(),
+                rows.clone(),
+                alpha=float(_pattern(config, "alpha_pattern", module, "lora_alpha")),
+                rslora=bool(config.get("use_rslora")),
+            )
+            attach(model, part.removesuffix(".weight"), name, pair)
+    with torch.no_grad():
+        for key, stored in whole.items():
+            targets = {}
+            for part, _ in stored.parts:
+                module, _, parameter = part.rpartition(".")
+                targets[part] = getattr(copy_module(model, module, name), parameter)
+            stored.place(tensors[key], targets)
+    use_adapter(model, name)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """adapter_config.json, with nothing in it that we wouldn't compute. UserError names every such option."""
+    config = read_json(root / CONFIG)
+    where = str(root / CONFIG)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UserError(f"peft_type {kind!r} can't be loaded.", where=where, cure="ownlm reads LORA.")
+    faults = [f"{key} = {value!r}" for key, value in config.items() if key not in IGNORED | READ and value]
+    if config.get("bias", "none") != "none":
+        faults.append(f"bias = {config['bias']!r}")
+    if (start := config.get("init_lora_weights", True)) not in INITIALISATIONS:
+        faults.append(f"init_lora_weights = {start!r}")
+    if faults:
+        raise UserError(f"{', '.join(faults)}: not supported.", where=where, cure="ownlm reads plain LoRA.")
+    for key, table, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", 0)):
+        for value in (config.get(key), *_table(config, table).values()):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e6:
+                raise UserError(f"{key} can't be {value!r}.", where=where)
+    return config
+
+
+def _config(
+    model: Any,
+    names: Names,
+    scaling: Mapping[str, tuple[int, float]],
+    rslora: bool,
+    saved: Sequence[str],
+    base: str,
+) -> dict[str, Any]:
+    (rank, alpha), _ = Counter(scaling.values() or [(1, 1.0)]).most_common(1)[0]
+    targets = sorted({module.rpartition(".")[2] for module in scaling})
+    # Ends of names suffice where they hit nothing else.
+    hit = {name.removesuffix(".weight") for name in names.all}
+    every = {module for module in hit if any(ends(module, target) for target in targets)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) else None,
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": rslora,
+        "target_modules": targets if every == set(scaling) else sorted(scaling),
+        "rank_pattern": {module: r for module, (r, _) in scaling.items() if r != rank},
+        "alpha_pattern": {module: _whole(a) for module, (_, a) in scaling.items() if a != alpha},
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
+        "bias": "none",
+        "fan_in_fan_out": any(names.layers[module].layout == "transposed" for module in scaling),
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _joined(pairs: Sequence[Pair | None], rows: Sequence[int]) -> tuple[Tensor, Tensor, float]:
+    """One pair (A, B, alpha) that computes all of `pairs` on the same x, their outputs of `rows` side by side."""
+    present = [pair for pair in pairs if pair is not None]
+    first = present[0]
+    if all(pair.alpha == first.alpha and torch.equal(pair.A, first.A) for pair in present):
+        zeros = [first.B.new_zeros(count, first.rank) for count in rows]
+        blocks = [zero if pair is None else pair.B for pair, zero in zip(pairs, zeros, strict=True)]
+        return first.A.detach(), torch.cat(blocks).detach(), first.alpha
+    A = torch.cat([pair.A for pair in present])
+    blocks = [
+        torch.zeros(count, 0, device=A.device) if pair is None else pair.B * (pair.scale / first.scale)
+        for pair, count in zip(pairs, rows, strict=True)
+    ]
+    B: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    alpha = first.alpha * (divisor(len(A), first.rslora) / divisor(first.rank, first.rslora))
+    return A.detach(), B.detach(), alpha
+
+
+def _laid_out(B: Tensor, stored: Stored, *, to_ours: bool) -> Tensor:
+    """The rows of B in the order of the stored tensor, or from it in ours."""
+    return B if stored.layout == "transposed" else LAYOUTS[stored.layout][to_ours](B, stored.count)
+
+
+def _faults(
+    module: str, keys: Mapping[str, str], entries: Mapping[str, Entry], names: Names, config: Mapping[str, Any]
+) -> list[str]:
+    """What is wrong with one pair."""
+    stored = names.named(module, names.layers)
+    if stored is None:
+        return [f"{module} is no linear layer of this model that could be adapted"]
+    if keys.keys() != {"A", "B"}:
+        return [f"{module} has only one of lora_A and lora_B"]
+    inputs = names.shapes[stored.parts[0][0]][1]
+    outputs = sum(names.shapes[part][0] for part, _ in stored.parts)
+    rank = _pattern(config, "rank_pattern", module, "r")
+    held, wanted = [entries[keys[side]].shape for side in "AB"], [(rank, inputs), (outputs, rank)]
+    return [f"{module} has a pair of shapes {held} instead of {wanted}"] if held != wanted else []
+
+
+def _missing(config: Mapping[str, Any], found: Mapping[str, Any], names: Names) -> list[str]:
+    """Layers that the config names as targets and the file leaves out; patterns and choices of layers are not followed."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return []
+    held = {names.named(module, names.layers) for module in found}
+    return [
+        module
+        for module, stored in names.layers.items()
+        if stored not in held and any(ends(module, str(target)) for target in targets)
+    ]
+
+
+def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{key} is not a table.", where=CONFIG)
+    return value
+
+
+def _pattern(config: Mapping[str, Any], table: str, module: str, otherwise: str) -> Any:
+    """The value of the first key that the module's name ends in. PEFT takes keys for regular expressions; names are ones."""
+    for key, value in _table(config, table).items():
+        if ends(module, key.removeprefix("^").replace("\\.", ".")):
+            return value
+    return config[otherwise]

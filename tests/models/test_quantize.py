@@ -1,0 +1,75 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from models.test_adapters import IDS, logits, loud, model
+from ownlm.models.adapters import LoRA, add_lora, base_of
+from ownlm.models.quantize import NF4, QuantizedLinear, Scheme, dequantize, linears, quantize, quantize_linears
+
+# QLoRA, arXiv:2305.14314, appendix E.
+PUBLISHED = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
+
+
+def test_the_levels_are_the_published_ones() -> None:
+    assert pytest.approx(PUBLISHED, abs=3e-7) == NF4
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 200), seed=st.integers(0, 99), group=st.sampled_from([2, 32, 64]))
+def test_it_rounds_to_the_nearest_level(rows: int, columns: int, seed: int, group: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    for scheme in SCHEMES:
+        codes, scales = quantize(weight, scheme, group)
+        back = dequantize(codes, scales, columns, torch.float32)
+        assert back.shape == weight.shape
+        for row in range(rows):
+            for start in range(0, columns, group):
+                part = weight[row, start : start + group]
+                largest = part.abs().max()
+                levels = torch.tensor(PUBLISHED) if scheme == "int4" else torch.arange(-127, 128) / 127
+                best = (part[:, None] - levels * largest).abs().min(-1).values
+                got = (part - back[row, start : start + group]).abs()
+                torch.testing.assert_close(got, best, atol=1e-5, rtol=0)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    for scheme in SCHEMES:
+        assert dequantize(*quantize(torch.zeros(2, 64), scheme), 64, torch.float32).eq(0).all()
+
+
+@pytest.mark.parametrize(("scheme", "bar"), [("int8", 0.30), ("int4", 0.17)])
+def test_the_base_gets_small(scheme: Scheme, bar: float) -> None:
+    linear = nn.Linear(512, 384, bias=False)
+    layer = QuantizedLinear(linear, scheme)
+    held = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+    assert held <= bar * linear.weight.nbytes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_trains_as_the_dequantised_model_does(name: str, scheme: Scheme) -> None:
+    """Equal logits and gradients of the adapter; of the base nothing is kept for the backward pass but codes."""
+    quantised, plain = model(name), model(name)
+    quantize_linears(quantised, scheme, group=32)
+    replaced = linears(quantised)
+    assert replaced
+    assert all(isinstance(layer, QuantizedLinear) for layer in replaced.values())
+    with torch.no_grad():
+        for layer_name, layer in replaced.items():
+            base_of(plain, layer_name).weight.copy_(layer.dequantized(torch.float32))  # type: ignore[operator]
+    grads = []
+    for decoder in (quantised, plain):
+        add_lora(decoder, LoRA(targets=("q_proj", "o_proj")), seed=1)
+        loud(decoder, "default")
+        decoder.logits(decoder(IDS)).logsumexp(-1).sum().backward()
+        grads.append({name: p.grad for name, p in decoder.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(logits(quantised), logits(plain), atol=1e-5, rtol=1e-5)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-4, rtol=1e-4)
