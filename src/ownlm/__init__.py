@@ -19,6 +19,7 @@ PUBLIC = {
     "Workspace": "ownlm.artifact",
     "Model": "ownlm.generate.model",
     "build": "ownlm.api",
+    "convert": "ownlm.models.convert",
     "finetune": "ownlm.api",
     "load": "ownlm.generate.model",
     "pretrain": "ownlm.api",

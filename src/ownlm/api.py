@@ -20,7 +20,7 @@ def build(
     """Make a model of a folder of files within a budget ("10m", "2h") or of a size ("5m" parameters); artifacts by stage."""
     return pipeline.build(
         Path(folder),
-        workspace=workspace or Workspace(device.home()),
+        workspace=workspace or Workspace(device.home(), reporter or Reporter()),
         reporter=reporter or Reporter(),
         name=name,
         budget=budget,
@@ -44,11 +44,13 @@ def finetune(
 
 def show(ref: str, *, workspace: Workspace | None = None) -> None:
     """Print what an artifact is, from which inputs and by which recipe it was made, back to the documents."""
-    describe(workspace or Workspace(device.home()), ref, Reporter())
+    describe(workspace or Workspace(device.home(), Reporter()), ref, Reporter())
 
 
 def _stage(
     stage: str, recipe: str | Path, overrides: tuple[str, ...], workspace: Workspace | None, reporter: Reporter | None
 ) -> Artifact:
     path = pipeline.recipe_path(str(recipe))
-    return pipeline.run_stage(stage, path, overrides, workspace or Workspace(device.home()), reporter or Reporter())
+    return pipeline.run_stage(
+        stage, path, overrides, workspace or Workspace(device.home(), reporter or Reporter()), reporter or Reporter()
+    )

@@ -5,9 +5,11 @@
 
 An artifact is written into a hidden sibling, hashed, flushed to disk and renamed. Opening one reads every file it lists and
 compares its SHA-256: safetensors, torch.save and DCP all accept a flipped bit in silence, so the manifest is the checksum.
+
+A model of a hub (hf:owner/name) becomes an artifact the first time it is opened; a folder of Hugging Face's layout is opened
+where it lies, with a manifest that is made on the spot and is not written.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,21 +17,25 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ownlm import __version__, device
-from ownlm.errors import ArtifactError, NotFound, StorageFull, UserError
+from ownlm import __version__, device, hub
+from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.recipe import resolve
-from ownlm.report import size
+from ownlm.report import Reporter, size
+from ownlm.storage import alone, flush, require_space, sha256, storage, write_atomic
+from ownlm.transfer import Away
 
 FORMAT = 1
 KINDS = ("documents", "tokenizer", "tokens", "checkpoint", "adapter", "scores", "release", "feedback", "index")
+TOKENIZER_ONLY = "--tokenizer"  # behind the name of a hub's repository of which only the tokenizer was taken
+WEIGHTS = (".safetensors", ".tiktoken")  # beside the names that hub.BESIDE lists
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -44,7 +50,9 @@ class Manifest:
     created: str  # UTC, ISO 8601
     fingerprint: str  # of how it was made: kind, inputs, recipe, seed, ownlm version
     digest: str  # of what it holds: kind and file hashes
-    inputs: dict[str, dict[str, str]]  # role -> {"ref": "name@version", "kind": …, "digest": …}
+    inputs: dict[
+        str, dict[str, str]
+    ]  # role -> {"ref": "name@version", "kind": …, "digest": …}, and "source" if it has one
     recipe: dict[str, Any]
     seed: int
     packages: dict[str, str]
@@ -75,7 +83,13 @@ class Artifact:
 
     @property
     def ref(self) -> str:
-        return f"{self.manifest.name}@{self.manifest.version}"
+        """name@version; of a folder that is no artifact, which has version 0, its path."""
+        return f"{self.manifest.name}@{self.manifest.version}" if self.version else str(self.path)
+
+    @property
+    def source(self) -> str:
+        """Where it was taken from, if ownlm didn't make it: hf:owner/name@commit."""
+        return str(self.manifest.facts.get("source", ""))
 
     @property
     def digest(self) -> str:
@@ -116,12 +130,25 @@ class Draft:
         return self.artifact
 
 
-class Workspace:
-    """The folder in which artifacts, runs and the catalog live."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubRecipe:
+    """How a model of a hub became an artifact."""
 
-    def __init__(self, root: Path) -> None:
+    name: str
+    source: str  # hf:owner/name@commit
+    revision: str  # that was asked for
+    endpoint: str
+
+
+class Workspace:
+    """The folder in which artifacts, runs and the catalog live. `reporter` hears of downloads."""
+
+    def __init__(self, root: Path, reporter: Reporter | None = None) -> None:
         self.root = root
+        self.reporter = reporter or Reporter.silent()
         self.verified: set[tuple[str, str]] = set()  # (path, digest) read through and found whole by this process
+        self.commits: dict[hub.Source, str] = {}  # what branches and tags meant when this process asked first
+        self.folders: dict[tuple[Any, ...], Artifact] = {}  # (path, sizes and times) of folders that are no artifacts
 
     @property
     def artifacts(self) -> Path:
@@ -132,13 +159,15 @@ class Workspace:
         return self.root / "runs"
 
     def open(self, ref: str | Path, kind: str | tuple[str, ...] | None = None) -> Artifact:
-        """The artifact `name`, `name@version` or at a path, every file verified; of `kind`, or of one of several.
+        """The artifact `name`, `name@version`, at a path or of a hub (hf:owner/name[@revision]), every file verified.
 
+        kind  that it must have, or those it may have; of a hub, the first is what is downloaded
         Raises NotFound, or ArtifactError when a file is missing, changed or the kind is another.
         """
-        artifact = self._read(self._locate(str(ref)))
-        kinds = (kind,) if isinstance(kind, str) else kind
-        if kinds is not None and artifact.kind not in kinds:
+        kinds = (kind,) if isinstance(kind, str) else kind or ()
+        source = hub.parse(str(ref))
+        artifact = self._from_hub(source, kinds or ("checkpoint",)) if source else self._read(self._locate(str(ref)))
+        if kinds and artifact.kind not in kinds:
             raise ArtifactError(
                 f"a {artifact.kind} artifact, but a {' or '.join(kinds)} artifact is needed here.", where=artifact.ref
             )
@@ -147,6 +176,19 @@ class Workspace:
             verify(artifact)
             self.verified.add(key)
         return artifact
+
+    def downloaded(self, source: hub.Source, kinds: tuple[str, ...] = KINDS) -> list[Artifact]:
+        """What is here of a hub's repository at this commit, or that was asked for by this branch or tag; newest first."""
+        ours = self._of_repository(source, kinds)
+        if source.pinned:
+            return [one for one in ours if one.source == str(source)]
+        return [one for one in ours if one.manifest.recipe["revision"] == source.revision]
+
+    def _of_repository(self, source: hub.Source, kinds: tuple[str, ...]) -> list[Artifact]:
+        names = (source.name, f"{source.name}{TOKENIZER_ONLY}")
+        found = [self._read(self.artifacts / name / str(number)) for name in names for number in self._versions(name)]
+        found = [one for one in found if one.source.startswith(f"hf:{source.repo}@") and one.kind in kinds]
+        return sorted(found, key=lambda one: (one.manifest.created, one.version), reverse=True)
 
     def find(
         self, name: str, *, kind: str, inputs: Mapping[str, Artifact], recipe: Any, seed: int = 0
@@ -206,8 +248,51 @@ class Workspace:
         folder = self.artifacts / name
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
+    def _from_hub(self, source: hub.Source, kinds: tuple[str, ...]) -> Artifact:
+        """What a hub has, as an artifact: what is here already, else downloaded. Asks the network for what may have changed."""
+        asked = source
+        if commit := self.commits.get(source):
+            source = replace(source, revision=commit)
+        if source.pinned and (here := self.downloaded(source, kinds)):
+            return here[0]
+        try:
+            plan = hub.look(source, kinds[0])
+        except Away as fault:
+            if here := self.downloaded(source, kinds):
+                self.reporter.line(
+                    f"{fault} What was downloaded on {here[0].manifest.created[:10]} is used: {here[0].source}"
+                )
+                return here[0]
+            if other := [one.source for one in self._of_repository(source, kinds)]:
+                raise Away(fault.what, where=fault.where, cure=f"Here already: {', '.join(other[:3])}.") from None
+            raise
+        self.commits[asked] = plan.commit
+        pinned = replace(source, revision=plan.commit)
+        if here := self.downloaded(pinned, kinds):
+            return here[0]
+        name = check_name(source.name + (TOKENIZER_ONLY if kinds[0] == "tokenizer" else ""))
+        scratch = self.root / "hub" / f"{name}-{plan.commit}"
+        with storage(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+            with alone(scratch / "lock", lambda: self.reporter.status(f"{asked}: another process is downloading it")):
+                if here := self.downloaded(pinned, kinds):  # by the one that was waited for
+                    return here[0]
+                self.reporter.line(f"{asked}: {len(plan.files)} files, {size(plan.bytes)}, from {device.hub()[0]}")
+                require_space(scratch, plan.missing_bytes(scratch) + (1 << 20))
+                hub.download(plan, scratch, self.reporter)
+                recipe = HubRecipe(name=name, source=plan.ref, revision=asked.revision, endpoint=device.hub()[0])
+                with self.create(kinds[0], name, inputs={}, recipe=recipe) as draft:
+                    for file in plan.files:
+                        (scratch / file.name).rename(draft.path / file.name)
+                    draft.facts |= {"source": plan.ref, "licence": plan.licence}
+                    if code := own_code(draft.path):
+                        draft.facts["code_not_run"] = code
+                        self.reporter.line(f"{asked}: names code of its own, which ownlm never runs: {', '.join(code)}")
+                shutil.rmtree(scratch, ignore_errors=True)
+        return draft.done
+
     def _locate(self, ref: str) -> Path:
-        if (Path(ref) / "manifest.json").is_file():
+        if (Path(ref) / "manifest.json").is_file() or kind_of(Path(ref)):
             return Path(ref)
         name, at, number = ref.partition("@")
         versions = self._versions(name) if NAME.fullmatch(name) else []
@@ -225,7 +310,19 @@ class Workspace:
         raise NotFound(f"there is no artifact {ref!r} in {self.root}.", cure=cure)
 
     def _read(self, path: Path) -> Artifact:
-        return Artifact(path, read_manifest(path / "manifest.json"))
+        ours = self.artifacts.resolve() in path.resolve().parents  # there a missing manifest is damage
+        if ours or (path / "manifest.json").is_file() or not (kind := kind_of(path)):
+            return Artifact(path, read_manifest(path / "manifest.json"))
+        path = path.resolve()
+        names = sorted(file.name for file in path.iterdir() if file.name in hub.BESIDE or file.suffix in WEIGHTS)
+        stats = {name: (path / name).stat() for name in names}
+        key = (path, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
+        if key not in self.folders:
+            files = {name: {"sha256": sha256(path / name), "bytes": stats[name].st_size} for name in names}
+            self.folders[key] = Artifact(path, _manifest_of_folder(path, kind, files))
+        artifact = self.folders[key]
+        self.verified.add((str(path), artifact.digest))  # hashed just now; its files may be links into another cache
+        return artifact
 
     def _finish(
         self, kind: str, name: str, draft: Draft, inputs: Mapping[str, Artifact], recipe: Any, seed: int
@@ -240,9 +337,10 @@ class Workspace:
             version=max([0, *self._versions(name)]) + 1,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint(kind, inputs, recipe, seed),
-            digest=_hash({"kind": kind, "files": {path: entry["sha256"] for path, entry in files.items()}}),
+            digest=_digest(kind, files),
             inputs={
                 role: {"ref": source.ref, "kind": source.kind, "digest": source.digest}
+                | ({"source": source.source} if source.source else {})
                 for role, source in inputs.items()
             },
             recipe=resolve(recipe),
@@ -295,6 +393,49 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"not a manifest ({fault!r}).", where=str(path)) from None
 
 
+def kind_of(folder: Path) -> str | None:
+    """What a folder of Hugging Face's layout is, by its files; None when it is no such folder."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "checkpoint"
+    if (folder / hub.ADAPTER[0]).is_file():
+        return "adapter"
+    return "tokenizer" if any((folder / name).is_file() for name in hub.VOCABULARIES) else None
+
+
+def own_code(folder: Path) -> list[str]:
+    """The code that a folder's settings name (auto_map), which is never fetched or run."""
+    found: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            named = json.loads((folder / name).read_bytes()).get("auto_map") or {}
+            found |= {ascii(str(value)[:80])[1:-1] for value in named.values()}
+    return sorted(found)[:10]
+
+
+def _manifest_of_folder(path: Path, kind: str, files: dict[str, dict[str, Any]]) -> Manifest:
+    written = max((path / name).stat().st_mtime for name in files)
+    code = own_code(path)
+    return Manifest(
+        kind=kind,
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-._")[:100] or "model",
+        version=0,
+        created=datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
+        fingerprint="",
+        digest=_digest(kind, files),
+        inputs={},
+        recipe={"folder": str(path)},
+        seed=0,
+        packages={},
+        machine={},
+        files=files,
+        facts={"code_not_run": code} if code else {},
+    )
+
+
+def _digest(kind: str, files: Mapping[str, Mapping[str, Any]]) -> str:
+    return _hash({"kind": kind, "files": {path: entry["sha256"] for path, entry in files.items()}})
+
+
 def fingerprint(kind: str, inputs: Mapping[str, Artifact], recipe: Any, seed: int) -> str:
     """A hash of how an artifact is made; two runs with the same one would make the same thing."""
     sources = {role: source.digest for role, source in inputs.items()}
@@ -324,56 +465,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file's content: readers see the old or the new, also after a crash. Raises StorageFull."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with storage(path.parent):
-        try:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            flush(temporary)
-            temporary.replace(path)
-            flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def storage(folder: Path) -> Iterator[None]:
-    """Turn "no space left" into StorageFull, with the folder and what is left there."""
-    try:
-        yield
-    except OSError as fault:
-        if fault.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise storage_full(folder) from fault
-
-
-def require_space(folder: Path, bytes_needed: int) -> None:
-    """Raise StorageFull now rather than after hours of work."""
-    if free_bytes(folder) < bytes_needed:
-        raise storage_full(folder, bytes_needed)
-
-
-def storage_full(folder: Path, bytes_needed: int | None = None) -> StorageFull:
-    """The error to raise for a folder without room."""
-    need = f" and {size(bytes_needed)} are needed" if bytes_needed else ""
-    cure = "Free some space, or set OWNLM_HOME to a folder elsewhere. What was finished before is whole."
-    return StorageFull(f"the disk is full: {size(free_bytes(folder))} are free{need}.", where=str(folder), cure=cure)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space of the disk that holds `folder`, or will hold it."""
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -381,15 +472,6 @@ def _hash(data: Any) -> str:
 def _seal(manifest: Manifest) -> str:
     data = json.loads(json.dumps(asdict(manifest)))
     return json.dumps({**data, "seal": _hash(data)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def flush(path: Path) -> None:
-    """fsync a file or, where the system can, a directory, so that a rename after it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -24,7 +24,7 @@ def demo(args: Arguments, reporter: Reporter) -> None:
     """Make a model from nothing in about five minutes: a village's documents, tokenizer, pretraining, tuning, evaluation."""
     from ownlm import pipeline
 
-    pipeline.demo(_workspace(), reporter, args.override)
+    pipeline.demo(_workspace(reporter), reporter, args.override)
 
 
 def build(args: Arguments, reporter: Reporter) -> None:
@@ -33,7 +33,7 @@ def build(args: Arguments, reporter: Reporter) -> None:
 
     pipeline.build(
         Path(args.folder),
-        workspace=_workspace(),
+        workspace=_workspace(reporter),
         reporter=reporter,
         name=args.name,
         budget=args.budget,
@@ -60,7 +60,7 @@ def show(args: Arguments, reporter: Reporter) -> None:
     """Say what an artifact is, from which inputs and by which recipe it was made, back to the documents."""
     from ownlm.lineage import describe
 
-    describe(_workspace(), args.ref, reporter)
+    describe(_workspace(reporter), args.ref, reporter)
 
 
 def list_(args: Arguments, reporter: Reporter) -> None:
@@ -74,12 +74,12 @@ def list_(args: Arguments, reporter: Reporter) -> None:
                 "made": one.manifest.created,
                 "digest": one.digest[:12],
             }
-            for one in _workspace().all()
+            for one in _workspace(reporter).all()
         ]
     else:
         from ownlm.catalog import Catalog
 
-        catalog = Catalog(_workspace().root)
+        catalog = Catalog(_workspace(reporter).root)
         rows = [_told(row) for row in (catalog.runs() if args.what == "runs" else catalog.requests())]
         catalog.close()
     for row in rows:
@@ -92,7 +92,7 @@ def list_(args: Arguments, reporter: Reporter) -> None:
 
 def rm(args: Arguments, reporter: Reporter) -> None:
     """Delete an artifact; refused while another one was made from it."""
-    gone = _workspace().remove(args.ref)
+    gone = _workspace(reporter).remove(args.ref)
     reporter.line(f"Deleted {gone.ref} ({size(gone.bytes)}).")
 
 
@@ -100,7 +100,9 @@ def stage(args: Arguments, reporter: Reporter) -> None:
     """Run the stage of that name from a recipe file."""
     from ownlm import pipeline
 
-    made = pipeline.run_stage(args.command, pipeline.recipe_path(args.recipe), args.override, _workspace(), reporter)
+    made = pipeline.run_stage(
+        args.command, pipeline.recipe_path(args.recipe), args.override, _workspace(reporter), reporter
+    )
     reporter.line(f"{made.ref} is in {made.path}")
     reporter.event("artifact", ref=made.ref, kind=made.kind, path=made.path, digest=made.digest, facts=made.facts)
 
@@ -113,7 +115,7 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace())
+    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -134,7 +136,14 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace()), sampling=sampling)
+    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
+
+
+def convert(args: Arguments, reporter: Reporter) -> None:
+    """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
+    from ownlm.models.convert import convert as run
+
+    run(args.path, out=args.out, reporter=reporter)
 
 
 def serve(args: Arguments, reporter: Reporter) -> None:
@@ -147,7 +156,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
         host=args.host,
         port=args.port,
         api_keys=device.api_keys(),
-        workspace=_workspace(),
+        workspace=_workspace(reporter),
         reporter=reporter,
     )
 
@@ -161,7 +170,7 @@ class Command:
     help: str = ""
 
 
-REF = ("ref", {"metavar": "NAME", "help": "name, name@version, or a folder"})
+REF = ("ref", {"metavar": "NAME", "help": "name, name@version, a folder, or hf:owner/name[@revision]"})
 OVERRIDE = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "change a value of the recipe, e.g. pretrain.steps=200"},
@@ -213,6 +222,13 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
+    "convert": Command(
+        run=convert,
+        arguments=(
+            ("path", {"metavar": "PATH", "help": "a folder with pytorch_model.bin, or a file of torch.save"}),
+            ("--out", {"metavar": "DIR", "required": True, "help": "the folder to write; it must not exist"}),
+        ),
+    ),
     "serve": Command(
         run=serve,
         arguments=(
@@ -276,8 +292,9 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return dict(action.choices)
 
 
-def _workspace() -> Workspace:
-    return Workspace(device.home())
+def _workspace(reporter: Reporter) -> Workspace:
+    # Downloads are told on the error stream: standard output is for what was asked, an answer of a model perhaps.
+    return Workspace(device.home(), reporter if reporter.audience == "programs" else Reporter(out=sys.stderr))
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

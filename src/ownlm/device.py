@@ -5,6 +5,7 @@
 
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,19 @@ def home() -> Path:
 def api_keys() -> tuple[str, ...]:
     """The keys a server accepts: `$OWNLM_API_KEYS`, separated by commas. Never on the command line, where `ps` shows them."""
     return tuple(key for key in os.environ.get("OWNLM_API_KEYS", "").split(",") if key)
+
+
+def hub() -> tuple[str, str | None]:
+    """The address of the model hub (`$HF_ENDPOINT`) and the token for it (`$HF_TOKEN`), which never goes out in the clear."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN") or None
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", endpoint):
+        raise UserError(f"HF_ENDPOINT is {endpoint[:100]!a}.", cure="Give an address that begins with https://.")
+    if token and endpoint.startswith("http:") and not re.match(r"http://(localhost|127\.|\[::1\])", endpoint):
+        raise UserError(
+            "HF_TOKEN would go through the network unencrypted.", where=endpoint, cure="Use https, or unset HF_TOKEN."
+        )
+    return endpoint, token
 
 
 def cores() -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ownlm import __version__, device
-from ownlm.artifact import free_bytes, packages
+from ownlm.artifact import packages
 from ownlm.report import size
+from ownlm.storage import free_bytes
 
 if TYPE_CHECKING:
     import torch

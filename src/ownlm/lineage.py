@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ownlm import hub
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, NotFound
 from ownlm.report import Reporter, size
@@ -25,6 +26,7 @@ class Ancestor:
     digest: str
     depth: int
     state: str  # "here", "gone", "damaged" or "changed"
+    source: str  # where it was taken from, if ownlm didn't make it: hf:owner/name@commit
     artifact: Artifact | None
 
 
@@ -39,18 +41,32 @@ def tree(ancestors: Iterator[Ancestor]) -> str:
     for one in ancestors:
         note = "" if one.state == "here" else f"  ({one.state})"
         role = f"{one.role}: " if one.role else ""
-        lines.append(f"{'  ' * one.depth}{role}{one.ref}  {one.kind}  {one.digest[:12]}{note}")
+        source = f"  from {one.source}" if one.source else ""
+        lines.append(f"{'  ' * one.depth}{role}{one.ref}  {one.kind}  {one.digest[:12]}{source}{note}")
     return "\n".join(lines)
 
 
 def describe(workspace: Workspace, ref: str, reporter: Reporter) -> None:
-    """Say what an artifact is, from which inputs and by which recipe it was made."""
-    artifact = workspace.open(ref)
+    """Say what an artifact is, from which inputs and by which recipe it was made; of a hub's model not here yet, what it is there."""
+    if (source := hub.parse(ref)) and not workspace.downloaded(source):
+        _announce(source, reporter)
+        return
+    artifact = workspace.downloaded(source)[0] if source else workspace.open(ref)
+    artifact = workspace.open(artifact.path)
     manifest, machine = artifact.manifest, artifact.manifest.machine
-    reporter.line(f"{artifact.ref}: {artifact.kind}, made {manifest.created} by ownlm {manifest.packages['ownlm']}")
+    if artifact.version:
+        verb = "taken" if artifact.source else "made"
+        reporter.line(
+            f"{artifact.ref}: {artifact.kind}, {verb} {manifest.created} by ownlm {manifest.packages['ownlm']}"
+        )
+    else:
+        reporter.line(
+            f"{artifact.ref}: a folder with a {artifact.kind}, not made by ownlm, last changed {manifest.created}"
+        )
     reporter.line(f"  where    {artifact.path}  ({size(artifact.bytes)}, every file verified)")
-    reporter.line(f"  machine  {machine['processor']}, {machine['cores']} cores, {machine['system']}")
-    reporter.line(f"  packages {', '.join(f'{name} {number}' for name, number in manifest.packages.items())}")
+    if artifact.version:
+        reporter.line(f"  machine  {machine['processor']}, {machine['cores']} cores, {machine['system']}")
+        reporter.line(f"  packages {', '.join(f'{name} {number}' for name, number in manifest.packages.items())}")
     ancestors = list(lineage(workspace, artifact))
     reporter.line(f"\nmade from\n{tree(iter(ancestors))}")
     for title, table in (("facts", manifest.facts), ("recipe", manifest.recipe)):
@@ -58,9 +74,23 @@ def describe(workspace: Workspace, ref: str, reporter: Reporter) -> None:
     reporter.line("\nfiles")
     files = [[path, size(entry["bytes"]), entry["sha256"][:16]] for path, entry in manifest.files.items()]
     reporter.table(["file", "size", "sha256"], files)
-    history = [{"role": one.role, "ref": one.ref, "digest": one.digest, "state": one.state} for one in ancestors]
+    history = [
+        {"role": one.role, "ref": one.ref, "digest": one.digest, "state": one.state, "source": one.source}
+        for one in ancestors
+    ]
     reporter.event(
         "artifact", ref=artifact.ref, kind=artifact.kind, facts=manifest.facts, recipe=manifest.recipe, lineage=history
+    )
+
+
+def _announce(source: hub.Source, reporter: Reporter) -> None:
+    """Say what a hub has under a reference, without downloading it."""
+    plan = hub.look(source)
+    reporter.line(f"{source}: on the hub, not downloaded; commit {plan.commit}, licence: {plan.licence}")
+    reporter.table(["file", "size", "hash"], [[one.name, size(one.bytes), one.digest[:16]] for one in plan.files])
+    reporter.line(f"{size(plan.bytes)} in all. `ownlm generate {source} …` or a recipe that names it downloads them.")
+    reporter.event(
+        "hub", source=plan.ref, bytes=plan.bytes, licence=plan.licence, files=[one.name for one in plan.files]
     )
 
 
@@ -81,6 +111,7 @@ def _walk(workspace: Workspace, role: str, artifact: Artifact, depth: int) -> It
         digest=artifact.digest,
         depth=depth,
         state="here",
+        source=artifact.source,
         artifact=artifact,
     )
     for name, source in artifact.manifest.inputs.items():
@@ -106,5 +137,6 @@ def _lost(role: str, source: dict[str, str], depth: int, state: str) -> Ancestor
         digest=source["digest"],
         depth=depth,
         state=state,
+        source=source.get("source", ""),
         artifact=None,
     )

@@ -18,13 +18,14 @@ from typing import Any
 
 from ownlm import device
 from ownlm import recipe as recipes
-from ownlm.artifact import Artifact, Workspace, check_name, require_space, write_atomic
+from ownlm.artifact import Artifact, Workspace, check_name
 from ownlm.catalog import Catalog
 from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.errors import UserError
 from ownlm.evaluate.baselines import NGRAM_BYTES, XZ_BYTES
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.report import Reporter, duration, size
+from ownlm.storage import require_space, write_atomic
 from ownlm.tokens.shards import TokensRecipe, tokenize
 from ownlm.tokens.train import TokenizerRecipe, train_tokenizer
 from ownlm.train.plan import Corpus, Plan, make_plan, record

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import ownlm
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.model import Model, load, load_generator
+from ownlm.generate.model import Model, load, load_decoder
 from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.tokens.codec import Tokenizer
 
@@ -143,8 +144,24 @@ def test_clip_refuses(clip: Any) -> None:
         model.classify_image(IMAGES[0], ["cat"], "a photo")
     assert model.similarity([], ["a"]).shape == (0, 1)
     assert model.similarity(IMAGES, []).shape == (3, 0)
-    with pytest.raises(UserError, match="doesn't generate text"):
-        load_generator(clip[0])
+    with pytest.raises(UserError, match="looks at images and writes nothing"):
+        load_decoder(clip[0])
+
+
+def test_the_how_to_runs(
+    clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/how-to/images.md, with another CLIP of that name."""
+    monkeypatch.chdir(tmp_path)
+    Path("clip-vit-base-patch32").symlink_to(clip[0])
+    IMAGES[0].save("photo.jpg")
+    IMAGES[1].save("other.png")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "images.md").read_text()
+    first, second, _ = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(first + second, {})  # noqa: S102  (our own page)
+    printed = capsys.readouterr().out.splitlines()
+    assert {word for word in ("cat", "dog", "bicycle") if f"'{word}'" in printed[0]} == {"cat", "dog", "bicycle"}
+    assert printed[1] in ("0", "1")
 
 
 # ── ViT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,7 +198,7 @@ def test_towers_by_themselves(tmp_path: Path) -> None:
         load(tmp_path / "pixtral")
     text = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     loud("CLIPTextModel", transformers.CLIPTextConfig(**text), tmp_path / "text")
-    with pytest.raises(UserError, match="by itself does nothing"):
+    with pytest.raises(UserError, match="clip_text_model doesn't write"):
         load(tmp_path / "text")
 
 

@@ -23,6 +23,8 @@ TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
     "b": torch.tensor(2.5, dtype=torch.bfloat16),
     "empty": torch.zeros(0, 4, dtype=torch.float16),
+    "nothing": torch.as_strided(torch.zeros(1), (0,), (0,)),
+    "one": torch.as_strided(torch.ones(1), (1,), (0,)),
     "ids": torch.arange(3),
     "mask": torch.tensor([True, False, True]),
     "odd": torch.arange(5, dtype=torch.uint8),
@@ -42,15 +44,24 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype
         and tensor.shape == theirs[name].shape
-        and torch.equal(tensor.contiguous().view(-1).view(torch.uint8), theirs[name].reshape(-1).view(torch.uint8))
+        and content(tensor) == content(theirs[name])
         for name, tensor in ours.items()
     )
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    dense = tensor.contiguous()
+    return bytes(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("good") / "good.safetensors"
-    save_file(TENSORS, path, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in TENSORS.items()},
+        path,
+        metadata={"format": "pt"},
+    )
     return path.read_bytes()
 
 

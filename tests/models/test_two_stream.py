@@ -223,9 +223,11 @@ def test_sequence_classification(tmp_path: Path) -> None:
     model = load_model(tmp_path / "theirs")
     theirs, ours = cases()["padding"]
     with torch.no_grad():
-        labels = model.classify(model(numbers(2, LENGTH), **ours))
+        labels = model.head(model(numbers(2, LENGTH), **ours), ours["mask_BT"])
         expected = reference(numbers(2, LENGTH), **theirs).logits
     assert labels.shape == (2, 3)
+    assert model.config.head.labels == ("a", "b", "c")
+    assert model.task == "sequence"
     assert difference(labels, expected) <= BAR
     save_model(model, tmp_path / "ours")
     before, after = (load_file(tmp_path / x / "model.safetensors") for x in ("theirs", "ours"))

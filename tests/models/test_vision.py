@@ -351,6 +351,58 @@ def test_old_clip_files(checkpoints: Any, tmp_path: Path) -> None:
     assert difference(ours("clip", load_model(tmp_path)), reference) <= BAR
 
 
+# As the hub has them: what equals a default of transformers' classes is left out.
+SHORT: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("CLIPModel", {"model_type": "clip"}),
+    "clip-large": (
+        "CLIPModel",
+        {
+            "model_type": "clip", "projection_dim": 768, "text_config": {"projection_dim": 768, "eos_token_id": 2},
+            "text_config_dict": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+            "vision_config": {"patch_size": 14},
+            "vision_config_dict": {
+                "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+                "patch_size": 14,
+            },
+        },
+    ),
+    "vit": ("ViTForImageClassification", {"model_type": "vit", "architectures": ["ViTForImageClassification"]}),
+    "llava-1.5": (
+        "LlavaForConditionalGeneration",
+        {
+            "model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064},
+            "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336,
+                "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+        },
+    ),
+    "pixtral-12b": (
+        "LlavaForConditionalGeneration",
+        {
+            "model_type": "llava", "image_token_index": 10, "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "text_config": {
+                "model_type": "mistral", "hidden_size": 5120, "head_dim": 128, "num_hidden_layers": 40,
+                "max_position_embeddings": 1024000, "rope_theta": 1e9, "sliding_window": None, "vocab_size": 131072,
+            },
+            "vision_config": {"model_type": "pixtral", "hidden_act": "silu", "rope_theta": 10000.0},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_configs_that_leave_out_defaults(name: str) -> None:
+    kind, hf = SHORT[name]
+    config, family = from_hf(hf)
+    with torch.device("meta"):
+        ours, theirs = family.build(config, hf), getattr(transformers, kind)(transformers.AutoConfig.for_model(**hf))
+    shapes = sorted(tuple(p.shape) for p in ours.parameters() if p.ndim == 2 and min(p.shape) > 1)
+    expected = sorted(tuple(p.flatten(1).shape) for p in theirs.parameters() if p.ndim in (2, 4))
+    if name != "vit":  # which stores its positions in three dimensions
+        assert shapes == expected
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
 def test_faults_are_named(checkpoints: Any, tmp_path: Path) -> None:
     hf = json.loads((checkpoints("llava-pixtral")[0] / "config.json").read_text())
 

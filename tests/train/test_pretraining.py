@@ -1,7 +1,10 @@
 """The pretrain stage with every objective, on a farm of a few animals."""
 
 import os
+import re
 import signal
+import textwrap
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from ownlm.lineage import lineage
 from ownlm.models.decoder import init_weights
 from ownlm.models.families import from_hf
 from ownlm.models.weights import load_model
-from ownlm.pipeline import Recipe
+from ownlm.pipeline import Recipe, fill_names, read_recipe, recipe_path, run_all
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.corrupt import MaskedLM, PermutationLM, SpanCorruption, marks
@@ -156,6 +159,32 @@ def test_the_recipe_file_says_it_in_a_table(tmp_path: Path) -> None:
         read(objective={"kind": "span_corruption"}, document_mask=True)
     with pytest.raises(RecipeError, match="probability lies between 0 and 1"):
         read(objective={"kind": "masked_lm", "probability": 1.5})
+
+
+@pytest.mark.parametrize("name", ["bert-cpu", "t5-cpu"])
+def test_the_small_recipes_run_on_a_folder(tmp_path: Path, name: str) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(
+            "\n".join(f"House {number * k} has {k} goats and no snake." for k in range(40))
+        )
+    few = [f"documents.source.path={texts}", "pretrain.steps=3", "tokenizer.vocab_size=500", "documents.rules=false"]
+    made = run_all(read_recipe(recipe_path(name), few), Workspace(tmp_path / "home"), Reporter.silent())
+    assert made["pretrain"].name == f"small-{name.removesuffix('-cpu')}"
+    assert made["pretrain"].facts["validation_loss"] > 0
+
+
+def test_the_tables_of_the_page_are_recipes() -> None:
+    """Every TOML block of the how-to page stands in a recipe as it is, beside the shape that it needs."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "pretrain-any-family.md").read_text()
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", page)
+    tables = [tomllib.loads(textwrap.dedent(block)) for block in blocks if "[pretrain" in block]
+    assert len(tables) == 2
+    for table in tables:
+        found = recipes.validate(Recipe, fill_names({"name": "x", **table}), where="page").pretrain
+        assert found is not None
+        from_hf({"vocab_size": 500, "pad_token_id": 0, **(found.hf or {})})
 
 
 TEXTS = [f"{number} goats and {number * 7 % 11} horses." for number in range(60)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ownlm import device
-from ownlm.artifact import Artifact, Workspace, sha256
+from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.evaluate import page, report
 from ownlm.evaluate.harness import Result, Settings, measure
@@ -19,6 +19,7 @@ from ownlm.lineage import lineage
 from ownlm.recipe import validate
 from ownlm.records import Score, from_json, to_json, write_jsonl
 from ownlm.report import Reporter, duration
+from ownlm.storage import sha256
 
 TaskName = Literal["questions", "bits_per_byte", "canary", "association"]
 
@@ -113,7 +114,7 @@ def scores_of(
     reporter: Reporter | None = None,
 ) -> list[Score]:
     """`evaluate` by reference; the documents are those the checkpoint was made from, unless others are named."""
-    workspace = workspace or Workspace(device.home())
+    workspace = workspace or Workspace(device.home(), reporter)
     checkpoint = workspace.open(ref, ("checkpoint", "adapter"))
     sources = [one.ref for one in lineage(workspace, checkpoint) if one.kind == "documents" and one.state == "here"]
     if documents is None and not sources:

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
 from ownlm.models.weights import load_model
 from ownlm.records import Completion, Message
+from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 
 Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
@@ -59,14 +61,14 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Loaded:
-    """The model `name`, `name@version`, at a path, or in a Hugging Face directory: a `Model`, ready to generate; for an
-    encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its base.
+    """The model of a reference: name, name@version, a folder, or hf:owner/name[@revision]. A `Model`, ready to generate; for
+    an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
-    workspace = workspace or Workspace(machine.home())
+    workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
     path, adapters = Path(ref), [] if adapter is None else [adapter]
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
@@ -90,7 +92,8 @@ def load(
     if adapter is not None:
         full_ref, digest = f"{full_ref} + {adapter}", ""
     if type(module) not in OPENERS:
-        raise UserError(f"a {type(module).__name__} does nothing by itself.", where=str(ref))
+        kind = module.hf["model_type"]
+        raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
     model: Loaded = OPENERS[type(module)](module, path, name=name, ref=full_ref, digest=digest)
     return model
 

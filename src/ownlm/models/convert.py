@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ownlm.artifact import flush, require_space, storage
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.hub import BESIDE
 from ownlm.models.tensorfile import read_header, shard_name, write_index
 from ownlm.models.weights import read_json
 from ownlm.report import Reporter, quantity, size
 from ownlm.sandbox import Limits, run
+from ownlm.storage import flush, require_space, storage
 
 WHOLE, INDEX, ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
 CHILD = "ownlm.models.torchfile:convert"

@@ -188,9 +188,10 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor | Pending]]) -
             for name, tensor in ordered:
                 whole = tensor.make() if isinstance(tensor, Pending) else tensor
                 assert (whole.dtype, whole.shape) == (tensor.dtype, tensor.shape), name
-                flat = whole.detach().cpu().contiguous().view(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-                del whole, flat
+                dense = whole.detach().cpu().contiguous()
+                # Not view(-1): one value or none may keep a stride of 0, and can't be seen as bytes then.
+                file.write(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)
+                del whole, dense
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

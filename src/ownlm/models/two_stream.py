@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ownlm.models.attention import attend, everything
 from ownlm.models.blocks import MLP, make_norm, project
-from ownlm.models.specs import Layer
+from ownlm.models.heads import make_head
+from ownlm.models.specs import Head, Layer, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class TwoStreamConfig:
     max_mems: int | None = None
     reuse: int | None = None
     tie_embeddings: bool = True
-    head: bool = True  # of the language model
-    labels: int | None = None  # of the classifier, if there is one
+    lm_head: bool = True
+    head: Head | None = None  # of a task
 
     @property
     def num_layers(self) -> int:
@@ -139,7 +140,7 @@ class TwoStreamBlock(nn.Module):
 
 
 class TwoStream(nn.Module):
-    """`model(tokens_BT)` gives hidden states, `model.logits(hidden)` the vocabulary's, `model.classify(hidden)` the labels'.
+    """`model(tokens_BT)` gives hidden states; `logits` (language model) or `head` (of a task) read them.
 
     `hf` is the config.json it came with, which is written back when the model is saved.
     """
@@ -151,11 +152,16 @@ class TwoStream(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_mask = nn.Parameter(torch.zeros(1, 1, D))
         self.layers = nn.ModuleList(TwoStreamBlock(D, layer) for layer in config.layers)
-        untied = config.head and not config.tie_embeddings
+        untied = config.lm_head and not config.tie_embeddings
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False) if untied else None
-        self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head else None
-        self.summary = None if config.labels is None else nn.Linear(D, D)
-        self.classifier = None if config.labels is None else nn.Linear(D, config.labels)
+        self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head else None
+        norm = config.layers[0].norm
+        self.head = None if config.head is None else make_head(D, config.vocab_size, config.head, norm)
+
+    @property
+    def task(self) -> Task | None:
+        """What its head does; None for a language model."""
+        return None if self.config.head is None else self.config.head.task
 
     @property
     def head_weight(self) -> Tensor:
@@ -173,13 +179,6 @@ class TwoStream(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
         return nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
-
-    def classify(self, hidden_BTD: Tensor) -> Tensor:
-        """(B, labels) in fp32, from the last token: texts of a batch are padded on the left."""
-        assert self.summary is not None, "this checkpoint has no classifier"
-        assert self.classifier is not None
-        logits: Tensor = self.classifier(torch.tanh(self.summary(hidden_BTD[:, -1]))).float()
-        return logits
 
     def forward(
         self,

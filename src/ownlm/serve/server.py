@@ -52,7 +52,7 @@ def serve(
             cure="Set OWNLM_API_KEYS (or api_keys=), or stay on 127.0.0.1.",
         )
     with closing(listen(host, port)) as listener:
-        workspace = workspace or Workspace(device.home())
+        workspace = workspace or Workspace(device.home(), reporter)
         model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ownlm.artifact import Artifact, Workspace, storage
+from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import UserError
 from ownlm.records import Document, read_jsonl
 from ownlm.report import Reporter, quantity
+from ownlm.storage import storage
 from ownlm.tokens.codec import Tokenizer
 
 Dtype = np.dtype[np.uint16] | np.dtype[np.uint32]
@@ -55,7 +56,7 @@ class Shard:
 def tokenize(recipe: TokensRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
     """A tokens artifact: every split of a documents artifact, encoded."""
     documents = workspace.open(recipe.documents, "documents")
-    source = workspace.open(recipe.tokenizer)
+    source = workspace.open(recipe.tokenizer, ("tokenizer", "checkpoint"))
     inputs = {"documents": documents, "tokenizer": source}
     if found := workspace.find(recipe.name, kind="tokens", inputs=inputs, recipe=recipe):
         return found

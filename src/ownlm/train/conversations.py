@@ -46,7 +46,6 @@ def prepare_chat(
     return Prepared(model=model, objective="chat", batches=batches, everything=everything), shown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 def show_mask(tokenizer: Tokenizer, conversations: ConversationRows) -> str:
     """The first packed row's first conversation as text, with what is trained between [ and ]."""
     rows = conversations.packed(torch.zeros(1, dtype=torch.int64).numpy())

@@ -25,9 +25,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ownlm.artifact import storage, write_atomic
 from ownlm.errors import Interrupted, UserError
 from ownlm.report import Reporter, duration, quantity
+from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import Micro
 from ownlm.train import checkpoint
 from ownlm.train.objectives import Objective

@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from ownlm import device
-from ownlm.artifact import Workspace, storage
+from ownlm.artifact import Workspace
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, count_parameters, flops_per_token, init_weights
 from ownlm.report import Reporter, duration, quantity, size
+from ownlm.storage import storage
 from ownlm.tokens.batches import Batch
 from ownlm.train.loop import keep_freed_memory
 from ownlm.train.objectives import causal_lm

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from ownlm import device
-from ownlm.artifact import Artifact, Workspace, fingerprint, storage, write_atomic
+from ownlm.artifact import Artifact, Workspace, fingerprint
 from ownlm.errors import UserError
 from ownlm.models.adapters import LoRA, add_lora, merge
 from ownlm.models.decoder import Decoder, DecoderConfig, uniform
@@ -30,6 +30,7 @@ from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.tuning import with_head
 from ownlm.models.weights import load_model, save_model
 from ownlm.report import Reporter, duration, quantity
+from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import Batches, DocumentRows, Micro
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.examples import Made
@@ -350,6 +351,7 @@ def _tokens(recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter) ->
     return tokenize(shards, workspace, reporter)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
     """What the two stages hand to the one that trains. `learn` is minimised, `judge` scores what was held out; `everything`
     yields all of that, `held_out` its bytes; `mask` is the text of mask.txt."""

@@ -178,17 +178,14 @@ def _t5(name: str, read: Any) -> Family:
     return Family(architecture=name, read=read, build=EncoderDecoder, names=s.t5_names, copies=s.T5_COPIES)
 
 
-def _seeing(name: str, read: Any, build: Any, names: Any, prefix: str = "", spellings: Any = ()) -> Family:
-    derived = r".*\.position_ids"
-    return Family(
-        architecture=name,
-        read=read,
-        build=build,
-        names=names,
-        prefix=prefix,
-        derived=derived,
-        spellings=spellings,
-    )
+def _seeing(name: str, read: Any, build: Any, names: Any, prefix: str = "") -> Family:
+    derived = r".*\.(position_ids|inv_freq)"
+    return Family(architecture=name, read=read, build=build, names=names, prefix=prefix, derived=derived)
+
+
+def _llava(name: str, read: Any) -> Family:
+    family = _seeing(name, read, VisionLanguage, v.vision_language_names)
+    return replace(family, spellings=v.SPELLINGS, copies={"lm_head.weight": "language.embed_tokens.weight"})
 
 
 WRITERS = {"gpt2": d.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama, "ownlm": write_own}
@@ -235,11 +232,7 @@ FAMILIES: dict[str, Family] = {
         "CLIPVisionModel", v.read_clip_vision, VisionTower, v.clip_vision_names, "vision_model."
     ),
     "pixtral": _seeing("PixtralVisionModel", v.read_pixtral, VisionTower, v.pixtral_names),
-    "llava": _seeing(
-        "LlavaForConditionalGeneration", v.read_llava, VisionLanguage, v.vision_language_names, "", v.SPELLINGS
-    ),
-    "mistral3": _seeing(
-        "Mistral3ForConditionalGeneration", v.read_mistral3, VisionLanguage, v.vision_language_names, "", v.SPELLINGS
-    ),
+    "llava": _llava("LlavaForConditionalGeneration", v.read_llava),
+    "mistral3": _llava("Mistral3ForConditionalGeneration", v.read_mistral3),
     "ownlm": _decoder("Decoder", read_own, own_names),
 }

@@ -3,6 +3,7 @@
 from ownlm.models.encoder_decoder import EncoderDecoderConfig
 from ownlm.models.families.decoders import HEADS, LAYERS, WIDTH
 from ownlm.models.families.fields import HF_ACTIVATIONS, Fields
+from ownlm.models.families.heads import kind_of, task_head
 from ownlm.models.names import Table, To
 from ownlm.models.specs import Activation, Attention, FeedForward, Layer, Norm
 from ownlm.models.two_stream import TwoStreamConfig
@@ -120,12 +121,11 @@ def read_xlnet(fields: Fields) -> TwoStreamConfig:
         norm=Norm(kind="layer", eps=fields.number("layer_norm_eps", 1e-12)),
         norms="after",
     )
-    labels = None
-    if fields.holds("logits_proj.weight", _architecture(fields) == "XLNetForSequenceClassification"):
+    head = None
+    if fields.holds("logits_proj.weight", kind_of(fields.config) == "SequenceClassification"):
+        # transformers reads the last place, which is the last token for texts padded on the left, as XLNet's are.
         fields.only(summary_type="last", summary_use_proj=True, summary_activation="tanh")
-        names = fields.config.get("id2label")
-        labels = len(names) if isinstance(names, dict) and names else fields.count("num_labels", 2)
-    head = fields.holds("lm_loss.bias", labels is None)
+        head = task_head(fields, "sequence", activation="tanh", reads="last")
     tied = fields.flag("tie_word_embeddings", True)
     return TwoStreamConfig(
         vocab_size=fields.count("vocab_size"),
@@ -136,14 +136,9 @@ def read_xlnet(fields: Fields) -> TwoStreamConfig:
         max_mems=_positive(fields, "mem_len"),
         reuse=_positive(fields, "reuse_len"),
         tie_embeddings=tied,
+        lm_head=fields.holds("lm_loss.bias", head is None),
         head=head,
-        labels=labels,
     )
-
-
-def _architecture(fields: Fields) -> str:
-    names = fields.config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _positive(fields: Fields, name: str) -> int | None:
@@ -166,8 +161,8 @@ def xlnet_names(config: TwoStreamConfig) -> Table:
         "layers.{}.self_attn.segments": f"{attention}.seg_embed",
         "lm_head": "lm_loss",
         "lm_head_bias": "lm_loss.bias",
-        "summary": "sequence_summary.summary",
-        "classifier": "logits_proj",
+        "head.dense": "sequence_summary.summary",
+        "head.out": "logits_proj",
     }
     for part in "qkvr":
         table[f"layers.{{}}.self_attn.{part}_proj.weight"] = To(f"{attention}.{part}", "heads_out", heads)
