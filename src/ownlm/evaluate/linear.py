@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,9 @@ class TfIdf:
 
     def rows(self, items: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, Tensor]:
         """(features_K, weights_K, where each item begins), as EmbeddingBag takes them."""
-        features, weights, begins = [], [], []
+        features: list[int] = []
+        weights: list[float] = []
+        begins: list[int] = []
         for item in items:
             begins.append(len(features))
             counts = Counter(self.index[name] for name in item if name in self.index)
@@ -63,10 +66,10 @@ class Linear:
                 F.cross_entropy(self._logits(rows), truth_N, reduction="sum")
                 + penalty / 2 * self.weight_FC.square().sum()
             )
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
             return value
 
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
 
     def _logits(self, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         features_K, weights_K, begins_N = rows
@@ -82,7 +85,7 @@ class Linear:
 def text_features(text: str, pair: str | None = None) -> list[str]:
     """Words and pairs of neighbours; those of a second text are other features."""
     words = WORD.findall(text.lower())
-    found = [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]
+    found = [*words, *(f"{a} {b}" for a, b in pairwise(words))]
     return found if pair is None else [*found, *(f"2:{name}" for name in text_features(pair))]
 
 
