@@ -1,6 +1,6 @@
 """A fine-tuned encoder beside TF-IDF and logistic regression, on the same published split: names in text (WNUT 2017).
 
-    python benchmarks/finetune_tasks.py CHECKPOINT DATA      DATA: the folder of wnut17_ner; CHECKPOINT: e.g. all-MiniLM-L6-v2
+python benchmarks/finetune_tasks.py CHECKPOINT DATA      DATA: the folder of wnut17_ner; CHECKPOINT: e.g. all-MiniLM-L6-v2
 """
 
 import sys
