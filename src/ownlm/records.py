@@ -51,6 +51,48 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """A text, or two, and its label."""
+
+    text: str
+    pair: str | None = None
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tagged:
+    """The words of a sentence and the tag of each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A question and the text that answers it: `answers` are accepted strings of it, `start` is where the first begins."""
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """A text and what it should become: its translation, its summary."""
+
+    source: str
+    target: str
+
+
+Example = Labelled | Tagged | Asked | Rewritten
+ExampleTask = Literal["classification", "tokens", "answer", "seq2seq"]
+EXAMPLES: dict[ExampleTask, type[Any]] = {
+    "classification": Labelled, "tokens": Tagged, "answer": Asked, "seq2seq": Rewritten,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What a model wrote. `tokens` and `logprobs` (natural log, of the token as sampled) have the same length."""
 

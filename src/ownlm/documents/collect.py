@@ -1,4 +1,5 @@
-"""The stage `collect`: a folder of files, or a generated world -> clean, de-duplicated documents in three splits.
+"""The stage `collect`: a folder of files, or a generated world -> clean, de-duplicated documents in three splits; or labelled
+examples of a task (examples.py).
 
     files ─► read ─► normalise ─► rules ─► exact duplicates ─► language ─► split by hash ─► train / validation / test .jsonl
                 └─ conversations ────────► exact duplicates ─────────────► conversations(_validation).jsonl
@@ -19,6 +20,7 @@ from typing import Any, Literal, TextIO
 
 from ownlm.artifact import Artifact, Draft, Workspace
 from ownlm.documents.clean import content_hash, fault_of, language_of, normalise
+from ownlm.documents.examples import ExamplesSource, collect_examples
 from ownlm.documents.sources import Dropped, Raw, find_files, read_file
 from ownlm.documents.split import cut_tail, split_of
 from ownlm.errors import NotFound, UserError
@@ -63,7 +65,7 @@ class DocumentsRecipe:
     """
 
     name: str
-    source: FolderSource | WorldSource
+    source: FolderSource | WorldSource | ExamplesSource
     seed: int = 0
     min_characters: int = 50
     max_bytes: int = 64_000_000
@@ -79,18 +81,27 @@ def collect(recipe: DocumentsRecipe, workspace: Workspace, reporter: Reporter) -
         raise UserError("validation_share and test_share must leave documents to train on.", cure="Set both near 0.05.")
     if isinstance(recipe.source, FolderSource):
         recipe = replace(recipe, snapshot=_snapshot(Path(recipe.source.path).expanduser()))
+    elif isinstance(recipe.source, ExamplesSource):
+        recipe = replace(recipe, snapshot=" ".join(map(_snapshot, recipe.source.paths())))
     if found := workspace.find(recipe.name, kind="documents", inputs={}, recipe=recipe, seed=recipe.seed):
         return found
     with workspace.create("documents", recipe.name, inputs={}, recipe=recipe, seed=recipe.seed) as draft:
         if isinstance(recipe.source, WorldSource):
             _collect_world(recipe, recipe.source, draft)
+        elif isinstance(recipe.source, ExamplesSource):
+            shares = {"validation_share": recipe.validation_share, "test_share": recipe.test_share}
+            collect_examples(recipe.source, draft, **shares, max_bytes=recipe.max_bytes)
         else:
             _collect_folder(recipe, Path(recipe.source.path).expanduser(), draft, reporter)
     facts = draft.done.facts
-    kept = sum(split["documents"] for split in facts["splits"].values())
     left_out = "; ".join(f"{count} {reason}" for reason, count in facts["dropped"].items())
-    volume = size(sum(split["bytes"] for split in facts["splits"].values()))
-    reporter.line(f"{quantity(kept)} documents ({volume}) kept" + (f", left out: {left_out}." if left_out else "."))
+    if "examples" in facts:
+        said = ", ".join(f"{count:,} {split}" for split, count in facts["examples"].items())
+        said = f"Examples of {facts['task']}: {said}"
+    else:
+        kept = sum(split["documents"] for split in facts["splits"].values())
+        said = f"{quantity(kept)} documents ({size(sum(split['bytes'] for split in facts['splits'].values()))}) kept"
+    reporter.line(said + (f", left out: {left_out}." if left_out else "."))
     reporter.event("documents", ref=draft.done.ref, **facts)
     return draft.done
 

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Workspace
-from ownlm.errors import ContextTooLong, UserError
+from ownlm.artifact import Artifact, Workspace
+from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
 from ownlm.generate.engine import Engine, Event
+from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sight import Reading, Sight
@@ -110,6 +112,15 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
+
+
+def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
+    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
+    source = adapter.manifest.inputs["checkpoint"]
+    base = workspace.open(source["ref"], "checkpoint")
+    if base.digest != source["digest"]:
+        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
+    return base
 
 
 class Model:
@@ -287,6 +298,51 @@ class Model:
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 rows[index] = pool(hidden_TD[None, : len(ids[index])], kind=kind, normalize=normalize)[0].cpu()
         return rows
+
+    @property
+    def headed(self) -> Headed:
+        """What its head reads: `classify`, `tag`, `entities`, `answer`, each for the task it was made for."""
+        return Headed(self.decoder, self.tokenizer, where=self.name)
+
+    @overload
+    def classify(self, texts: str, pairs: str | None = None) -> dict[str, float]: ...  # type: ignore[overload-overlap]
+    @overload
+    def classify(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[dict[str, float]]: ...
+    def classify(
+        self, texts: str | Sequence[str], pairs: str | Sequence[str] | None = None
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """The probability of each label for a text (or for each), the likeliest first. UserError without a sequence head."""
+        if isinstance(texts, str):
+            return self.headed.classify([texts], None if pairs is None else [str(pairs)])[0]
+        return self.headed.classify(texts, pairs)
+
+    @overload
+    def entities(self, texts: str) -> list[Entity]: ...  # type: ignore[overload-overlap]
+    @overload
+    def entities(self, texts: Sequence[str]) -> list[list[Entity]]: ...
+    def entities(self, texts: str | Sequence[str]) -> list[Entity] | list[list[Entity]]:
+        """Names and other stretches of a text (or of each) with their characters. UserError without a token head."""
+        return self.headed.entities([texts])[0] if isinstance(texts, str) else self.headed.entities(texts)
+
+    def answer(self, question: str, context: str, **fields: Any) -> Found | Completion:
+        """The stretch of `context` that answers, by a span head; without one, what the model writes when asked."""
+        if self.decoder.task is None and isinstance(self.decoder, Decoder):
+            return self._asked("answer", [context], fields, question=question)[0]
+        return self.headed.answer(question, context)
+
+    def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
+        """Each text in another language; languages by name or ISO code. `fields` are those of `Sampling`."""
+        return self._asked("translate", texts, fields, source=asking.language(source), target=asking.language(target))
+
+    def summarize(self, texts: Sequence[str], **fields: Any) -> list[Completion]:
+        """Each text in short."""
+        return self._asked("summarize", texts, fields)
+
+    def _asked(self, kind: str, texts: Sequence[str], fields: dict[str, Any], **words: str) -> list[Completion]:
+        self.writer()
+        shape: asking.Shape = "form" if self.tokenizer.template is None else "chat"
+        asked = asking.prompts(kind, shape, texts, **words)
+        return self.generate(asked, asking.settings(kind, shape, fields)) if asked else []
 
     def score(self, prompt: Prompt, continuation: str) -> tuple[float, ...]:
         """The natural log-probability of each token of `continuation` after `prompt`; their sum is the text's."""

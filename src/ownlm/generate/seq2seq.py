@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.engine import Event, advance
 from ownlm.generate.engine import Sequence as Writing
@@ -117,6 +118,22 @@ class Seq2Seq:
                 results[index] = completion
         done = [completion for completion in results if completion is not None]
         return done[0] if isinstance(prompt, str) else done
+
+    def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
+        """Each text in another language, asked as T5 was trained; languages by name or ISO code. `fields`: see `generate`."""
+        return self._asked("translate", texts, fields, source=asking.language(source), target=asking.language(target))
+
+    def summarize(self, texts: Sequence[str], **fields: Any) -> list[Completion]:
+        """Each text in short."""
+        return self._asked("summarize", texts, fields)
+
+    def answer(self, question: str, context: str, **fields: Any) -> Completion:
+        """What the model answers from the context."""
+        return self._asked("answer", [context], fields, question=question)[0]
+
+    def _asked(self, kind: str, texts: Sequence[str], fields: dict[str, Any], **words: str) -> list[Completion]:
+        asked = asking.prompts(kind, "prefix", texts, **words)
+        return self.generate(asked, **{"max_tokens": asking.TASKS_TOKENS[kind], **fields}) if asked else []
 
     def stream(self, prompt: str, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
         """The pieces of the answer's text, as they come."""

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,19 +27,21 @@ from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.peft import load_adapter, save_adapter
 from ownlm.models.quantize import Scheme, quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
+from ownlm.models.tuning import with_head
 from ownlm.models.weights import load_model, save_model
-from ownlm.records import Conversation, read_jsonl
 from ownlm.report import Reporter, duration, quantity
 from ownlm.storage import storage, write_atomic
-from ownlm.tokens.batches import UNTRAINED, Batches, ConversationRows, DocumentRows, Micro, validation_conversations
+from ownlm.tokens.batches import Batches, DocumentRows, Micro
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.examples import Made
 from ownlm.tokens.shards import Shard, TokensRecipe, open_shard, tokenize
+from ownlm.train.conversations import prepare_chat
 from ownlm.train.loop import Settings, Work, return_freed_memory, train, validate
 from ownlm.train.objectives import OBJECTIVES, Distillation, Objective
 from ownlm.train.optimizers import Optimizer
 from ownlm.train.pretraining import CausalLM, Learning, corruption_of, data, learning, new_model
 from ownlm.train.schedule import Schedule
+from ownlm.train.tasks import TaskName, prepare, prepare_text
 
 Precision = Literal["auto", "bf16", "fp32"]
 Kind = Literal["checkpoint", "adapter"]
@@ -59,6 +61,17 @@ LORA_TUNING = Optimizer(
     eps=1e-8,
     weight_decay=0.0,
 )
+TASK_TUNING = Optimizer(
+    kind="adamw",
+    lr=2e-4,
+    embedding_lr=2e-4,
+    head_lr=2e-4,
+    vector_lr=2e-4,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.01,
+)
+TASK_LORA_TUNING = replace(LORA_TUNING, lr=2e-3, embedding_lr=2e-3, head_lr=2e-3, vector_lr=2e-3)
 MICRO_TOKENS = 8_192  # of a micro-batch: what bounds the memory of activations
 
 
@@ -132,18 +145,26 @@ class PretrainRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneRecipe:
-    """A chat model from a checkpoint and the conversations of a documents artifact. `document_share` of the rows are
-    documents again, so that what was read is not forgotten. `context` None: the checkpoint's.
+    """A checkpoint tuned for a task, by default to chat, on a documents artifact.
+
+    task    chat: its conversations; of them only the assistant's words are learned. text: its documents, read on as in pretraining.
+            classification, tokens, answer, seq2seq: its labelled examples (train/tasks.py)
+    prefix  before each source of seq2seq, e.g. "summarize: " (T5)
+
+    `document_share` of the rows of chat are documents again, so that what was read is not forgotten. `context` None: the
+    checkpoint's.
 
     With a `lora` table only an adapter is trained and kept, over a base in `base_precision`; `merge` makes a whole
     checkpoint of it. A base that never saw a chat must learn the tokens of its turns: train_also = ["lm_head"].
     `optimizer` None: Muon for the whole model (lr 0.01), AdamW for an adapter (lr 0.01; larger models want less, 2e-4 at
-    a billion parameters).
+    a billion parameters) and for tasks (lr 2e-4; 2e-3 for an adapter).
     """
 
     name: str
     checkpoint: str
     documents: str
+    task: TaskName = "chat"
+    prefix: str = ""
     lora: LoRA | None = None
     base_precision: Scheme | None = None
     merge: bool = False
@@ -165,6 +186,10 @@ class FinetuneRecipe:
             raise ValueError("document_share is at least 0 and less than 1")
         if self.lora is None and (self.base_precision is not None or self.merge):
             raise ValueError("base_precision and merge belong to a lora table")
+        if self.document_share and self.task != "chat":
+            raise ValueError(f"document_share is for chat, not for {self.task}")
+        if self.prefix and self.task != "seq2seq":
+            raise ValueError(f"prefix is for seq2seq, not for {self.task}")
         if self.lora is not None and self.optimizer is not None and self.optimizer.kind == "muon":
             raise ValueError('the thin matrices of lora learn with optimizer.kind = "adamw"')
 
@@ -176,7 +201,7 @@ def pretrain(
 
     `sample(model, tokenizer)` says something with the model as it is; it is shown now and then.
     """
-    source = workspace.open(recipe.tokenizer, ("tokenizer", "checkpoint"))
+    source = workspace.open(recipe.tokenizer)
     tokens = tokenize(
         TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.tokenizer),
         workspace,
@@ -213,18 +238,18 @@ def pretrain(
     run = _Run(
         kind="checkpoint",
         objective=recipe.objective.kind,
+        parameters=_parameters(model),
+        learn=learn,
+        judge=judge,
         recipe=recipe,
         optimizer=recipe.optimizer,
         inputs=inputs,
         tokenizer=tokenizer,
         context=recipe.context,
-        parameters=size(model),
         batches=prepared.batches,
         everything=prepared.everything,
         sample=sample if isinstance(model, Decoder) else None,
         held_out=prepared.held_out,
-        learn=learn,
-        judge=judge,
     )
     return _train(run, model, workspace, reporter)
 
@@ -232,17 +257,16 @@ def pretrain(
 def finetune(
     recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter, *, sample: Sample | None = None
 ) -> Artifact:
-    """The checkpoint tuned on conversations, of which only the assistant's words are learned: a checkpoint artifact, or with
-    `lora` an adapter.
+    """The checkpoint tuned for the recipe's task: a checkpoint artifact, or with `lora` an adapter.
 
-    Before the first step the first conversation is shown with what is trained in it, and kept as mask.txt.
+    Before the first step of chat the first conversation is shown with what is trained in it, and kept as mask.txt.
     """
     base = workspace.open(recipe.checkpoint, "checkpoint")
     source = workspace.open(recipe.documents, "documents")
     inputs = {"checkpoint": base, "documents": source}
     kind: Kind = "checkpoint" if recipe.lora is None or recipe.merge else "adapter"
-    if found := workspace.find(recipe.name, kind=kind, inputs=inputs, recipe=recipe, seed=recipe.seed):
-        return found
+    if ready := workspace.find(recipe.name, kind=kind, inputs=inputs, recipe=recipe, seed=recipe.seed):
+        return ready
     tokenizer = Tokenizer.load(base.path)
     model = load_model(base.path, dtype=torch.float32)
     context = recipe.context or model.config.max_tokens
@@ -252,83 +276,106 @@ def finetune(
             where=recipe.name,
             cure=f"Set context to at most {model.config.max_tokens}.",
         )
-    conversations = _conversations(source, "conversations.jsonl", tokenizer, context, recipe.seed)
-    left_out = conversations.too_long + conversations.untrained
-    if left_out:
-        reporter.line(
-            f"{left_out} conversations are left out: {conversations.too_long} are longer than {context} tokens (the longest "
-            f"has {conversations.longest}), {conversations.untrained} have no assistant turn."
-        )
-    documents = None
-    if recipe.document_share:
-        tokens = tokenize(
-            TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.checkpoint),
-            workspace,
-            reporter,
-        )
-        documents = DocumentRows(open_shard(tokens, "train"), context, seed=recipe.seed, document_mask=True)
     rows = max(1, recipe.batch_tokens // context)
     micro_rows = _micro_rows(recipe.micro_rows, rows, context)
-    batches = Batches(
-        conversations, rows=rows, micro_rows=micro_rows, documents=documents, document_share=recipe.document_share
-    )
-    everything = None
-    if source.has("conversations_validation.jsonl"):
-        held_out = _conversations(source, "conversations_validation.jsonl", tokenizer, context, recipe.seed)
-        everything = lambda: validation_conversations(held_out, rows=micro_rows)
-    shown = show_mask(tokenizer, conversations)
-    reporter.line(f"What is trained in the first conversation, between [ ]:\n{shown}")
-    parameters = size(model)
+    shown = None
+    if recipe.task == "chat":
+        documents = None
+        if recipe.document_share:
+            shard = open_shard(_tokens(recipe, workspace, reporter), "train")
+            documents = DocumentRows(shard, context, seed=recipe.seed, document_mask=True)
+        found, shown = prepare_chat(
+            model, source, tokenizer, documents, reporter, context=context, rows=rows, micro_rows=micro_rows,
+            document_share=recipe.document_share, seed=recipe.seed,
+        )  # fmt: skip
+    elif recipe.task == "text":
+        tokens = _tokens(recipe, workspace, reporter)
+        found = prepare_text(
+            model, tokens, tokenizer, context=context, rows=rows, micro_rows=micro_rows, seed=recipe.seed
+        )
+    else:
+        found = prepare(
+            recipe.task, model, source, tokenizer, reporter,
+            context=context, rows=rows, micro_rows=micro_rows, prefix=recipe.prefix, seed=recipe.seed,
+        )  # fmt: skip
+    model, lora = found.model, recipe.lora
+    if lora is not None and found.fresh_head:
+        if kind == "adapter":
+            raise UserError(
+                f"an adapter can't bring a new head for {recipe.task}.", where=recipe.name, cure="Set merge = true."
+            )  # fmt: skip
+        lora = replace(lora, train_also=(*lora.train_also, *_head_layers(model)))
+    parameters = _parameters(model)  # before they become integers
     if recipe.base_precision is not None:
         quantize_linears(model, recipe.base_precision)
-    if recipe.lora is not None:
-        add_lora(model, recipe.lora, seed=recipe.seed)
+    if lora is not None:
+        add_lora(model, lora, seed=recipe.seed)
     run = _Run(
         kind=kind,
-        objective="chat",
+        objective=found.objective,
+        parameters=parameters,
+        learn=OBJECTIVES[found.objective],
+        judge=OBJECTIVES[found.objective],
         recipe=recipe,
-        optimizer=recipe.optimizer or (TUNING if recipe.lora is None else LORA_TUNING),
+        optimizer=recipe.optimizer or _tuning(recipe),
         inputs=inputs,
         tokenizer=tokenizer,
         context=context,
-        parameters=parameters,
-        batches=batches,
-        everything=everything,
-        sample=sample,
+        batches=found.batches,
+        everything=found.everything,
+        sample=sample if found.objective in ("chat", "causal_lm") and recipe.task != "seq2seq" else None,
+        held_out=found.held_out,
         mask=shown,
     )
     return _train(run, model, workspace, reporter)
 
 
+def _tuning(recipe: FinetuneRecipe) -> Optimizer:
+    if recipe.task == "chat":
+        return TUNING if recipe.lora is None else LORA_TUNING
+    return TASK_TUNING if recipe.lora is None else TASK_LORA_TUNING
+
+
+def _head_layers(model: Any) -> list[str]:
+    """The linear layers that a fresh head brought, to be trained whole."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith("head.") and isinstance(module, torch.nn.Linear)
+    ] + (["pooler.dense"] if getattr(model, "pooler", None) is not None else [])
+
+
+def _tokens(recipe: FinetuneRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
+    """The documents in the checkpoint's own tokens."""
+    shards = TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.checkpoint)
+    return tokenize(shards, workspace, reporter)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What the two stages hand to the one that trains. `everything` yields all that was held out, `held_out` its bytes;
-    `mask` is the text of mask.txt. `learn` is the objective where it needs more than its name, and `judge` the one that scores what
-    was held out, if another."""
+    """What the two stages hand to the one that trains. `learn` is minimised, `judge` scores what was held out; `everything`
+    yields all of that, `held_out` its bytes; `mask` is the text of mask.txt."""
 
     kind: Kind
     objective: str
+    parameters: int
+    learn: Objective
+    judge: Objective
     recipe: PretrainRecipe | FinetuneRecipe
     optimizer: Optimizer
     inputs: Mapping[str, Artifact]
     tokenizer: Tokenizer
     context: int
-    parameters: int
     batches: Batches | Made[Micro]
     everything: Callable[[], Iterable[Micro]] | None
     sample: Sample | None
     held_out: Shard | None = None
     mask: str | None = None
-    learn: Objective | None = None
-    judge: Objective | None = None
 
 
 def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> Artifact:
     """Train, judge on all that was held out, and write the artifact."""
     recipe, batches, everything, sample = run.recipe, run.batches, run.everything, run.sample
-    learn = run.learn or OBJECTIVES[run.objective]
-    judge = run.judge or learn
-    context = run.context
     device.threads()
     target = device.torch_device()
     model.to(target)
@@ -340,7 +387,7 @@ def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> A
             write_atomic(folder / "mask.txt", run.mask + "\n")
     some = None
     if everything is not None:
-        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * context))
+        count = max(1, VALIDATION_TOKENS // (batches.micro_rows * run.context))
         some = lambda: islice(everything(), count)
     settings = Settings(
         steps=recipe.steps,
@@ -354,22 +401,23 @@ def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> A
         name=recipe.name,
         folder=folder,
         batches=batches,
-        objective=learn,
+        objective=run.learn,
         validation=some,
-        judge=judge,
+        judge=run.judge,
         sample=None if sample is None else lambda model: sample(model, run.tokenizer),
     )
+    parameters = run.parameters
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    of_them = "" if trained == run.parameters else f"{quantity(trained)} trained beside "
+    of_them = "" if trained == parameters else f"{quantity(trained)} trained of "
     reporter.line(
-        f"{recipe.name}: {of_them}{quantity(run.parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {context} tokens, "
+        f"{recipe.name}: {of_them}{quantity(parameters)} parameters, {recipe.steps} steps of {batches.num_rows} x {run.context} tokens, "
         f"{recipe.steps / batches.steps_per_epoch:.1f} epochs, {str(settings.dtype).removeprefix('torch.')} on {target}"
     )
     outcome = train(model, work, settings, reporter)
     ended = time.perf_counter()
     facts = {
         "objective": run.objective,
-        "parameters": run.parameters,
+        "parameters": parameters,
         "trained_parameters": trained,
         "precision": str(settings.dtype).removeprefix("torch."),
         "epochs": recipe.steps / batches.steps_per_epoch,
@@ -381,7 +429,7 @@ def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> A
         "peak_memory_bytes": device.peak_memory_bytes(),
     }
     if everything is not None:
-        loss = facts["validation_loss"] = validate(model.eval(), judge, everything())
+        loss = facts["validation_loss"] = validate(model.eval(), run.judge, everything())
         if run.held_out is not None:
             # Every token is a target once, so the sum of losses is the information in the whole text.
             targets = sum(batch.num_trained for batch in everything())
@@ -407,16 +455,14 @@ def _train(run: _Run, model: Any, workspace: Workspace, reporter: Reporter) -> A
     return draft.done
 
 
-def size(model: Any) -> int:
-    """Its weights, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _save_checkpoint(run: _Run, model: Decoder, runs: Path, folder: Path) -> None:
+def _save_checkpoint(run: _Run, model: Any, runs: Path, folder: Path) -> None:
     """Write the whole model. An adapter goes into a fresh copy of its base: the one in memory may be rounded or quantised."""
     if isinstance(run.recipe, FinetuneRecipe) and run.recipe.lora is not None:
         save_adapter(model, runs / "adapter")
+        head = model.config.head
         model = load_model(run.inputs["checkpoint"].path, dtype=torch.float32)
+        if head != model.config.head:
+            model = with_head(model, head.task, head.labels)
         load_adapter(model, runs / "adapter")
         merge(model)
     save_model(
@@ -429,32 +475,8 @@ def _save_checkpoint(run: _Run, model: Decoder, runs: Path, folder: Path) -> Non
     run.tokenizer.save(folder)
 
 
-def show_mask(tokenizer: Tokenizer, conversations: ConversationRows) -> str:
-    """The first packed row's first conversation as text, with what is trained between [ and ]."""
-    rows = conversations.packed(torch.zeros(1, dtype=torch.int64).numpy())
-    first = rows.documents[0] == 0
-    tokens, targets = rows.tokens[0][first], rows.targets[0][first]
-    pieces = [tokenizer.decode([int(tokens[0])], special=True)]
-    open_ = False
-    for at, target in enumerate(targets.tolist()):
-        trained = target != UNTRAINED
-        id = target if trained else int(tokens[at + 1]) if at + 1 < len(tokens) else None
-        if trained != open_:
-            pieces.append("[" if trained else "]")
-            open_ = trained
-        if id is not None:
-            pieces.append(tokenizer.decode([id], special=True))
-    return "".join(pieces) + ("]" if open_ else "")
-
-
-def _conversations(source: Artifact, file: str, tokenizer: Tokenizer, context: int, seed: int) -> ConversationRows:
-    if not source.has(file):
-        raise UserError(
-            "these documents have no conversations to learn from.",
-            where=source.ref,
-            cure="Add jsonl files with `messages`, or finetune on other documents.",
-        )
-    return ConversationRows(read_jsonl(source.file(file), Conversation), tokenizer, context, seed=seed)
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _micro_rows(asked: int | None, rows: int, context: int) -> int:

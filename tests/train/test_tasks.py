@@ -1,0 +1,150 @@
+"""From files of examples to a model that answers: each task on a tiny decoder or encoder, and what stands in the way."""
+
+from pathlib import Path
+
+import pytest
+
+from ownlm.artifact import Workspace
+from ownlm.documents.collect import DocumentsRecipe, collect
+from ownlm.documents.examples import ExamplesSource
+from ownlm.errors import UserError
+from ownlm.evaluate.stage import EvaluateRecipe, evaluate
+from ownlm.generate.model import Model, load
+from ownlm.generate.reading import Found, joined_entities
+from ownlm.models.families import from_hf
+from ownlm.models.heads import init_normal
+from ownlm.models.weights import save_model
+from ownlm.records import Labelled, Tagged, read_jsonl
+from ownlm.report import Reporter
+from ownlm.tokens.framing import first_tokens, joined
+from ownlm.train.optimizers import Optimizer
+from ownlm.train.stages import FinetuneRecipe, finetune
+from tiny import tiny_model, tiny_tokenizer
+
+QUIET = Reporter.silent()
+FAST = Optimizer(kind="adamw", lr=3e-3, embedding_lr=3e-3, head_lr=3e-3, vector_lr=3e-3, eps=1e-8, weight_decay=0.0)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = tiny_model()
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_model(model.decoder, folder, eos_token_id=[model.tokenizer.eos_id])
+    model.tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "encoder"
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": tokenizer.vocab_size, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+        "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+    }  # fmt: skip
+    config, family = from_hf(hf)
+    model = family.build(config, hf)
+    init_normal(model.named_parameters(), std=0.1)
+    folder.mkdir()
+    save_model(model, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def tuned(tmp_path: Path, base: Path, source: ExamplesSource, steps: int = 40) -> Model:
+    workspace = Workspace(tmp_path / "home")
+    collect(DocumentsRecipe(name="examples", source=source, validation_share=0.2, test_share=0), workspace, QUIET)
+    recipe = FinetuneRecipe(
+        name="tuned", checkpoint=str(base), documents="examples", task=source.task, context=64, batch_tokens=512,
+        steps=steps, optimizer=FAST, precision="fp32", validate_every=None, checkpoint_every=None,
+    )  # fmt: skip
+    model = load(finetune(recipe, workspace, QUIET).path)
+    assert isinstance(model, Model)
+    return model
+
+
+def test_classification_from_a_table(tmp_path: Path, base: Path) -> None:
+    rows = [f"{word} {n},{label}" for n in range(20) for word, label in (("aaaa", "first"), ("zzzz", "second"))]
+    (tmp_path / "t.csv").write_text("\n".join(["said,kind", *rows]), encoding="utf-8")
+    source = ExamplesSource(
+        task="classification", train=str(tmp_path / "t.csv"), fields={"text": "said", "label": "kind"}
+    )
+    model = tuned(tmp_path, base, source)
+    first, second = model.classify(["aaaa 99", "zzzz 99"])
+    assert next(iter(first)) == "first"
+    assert next(iter(second)) == "second"
+    assert sum(first.values()) == pytest.approx(1)
+    scores = EvaluateRecipe(name="scores", checkpoint="tuned", documents="examples")
+    made = evaluate(scores, Workspace(tmp_path / "home"), QUIET).facts["scores"]
+    assert made["examples accuracy"]["value"] == 1.0
+    assert made["examples accuracy"]["baseline"] == 1.0  # the words alone tell the labels
+    with pytest.raises(UserError, match="a head for token is needed"):
+        model.entities("aaaa")
+
+
+def test_tokens_from_conll(tmp_path: Path, encoder: Path) -> None:
+    lines = [f"x{n}\tO\nBob\tB-name\nRay\tI-name\n" for n in range(30)]
+    (tmp_path / "t.conll").write_text("\n".join(lines), encoding="utf-8")
+    model = tuned(tmp_path, encoder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
+    (found,) = model.entities("x99 Bob Ray")
+    assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
+
+
+def test_answers_are_stretches_of_the_context(tmp_path: Path, encoder: Path) -> None:
+    lines = [
+        f'{{"question": "who", "context": "it is {name}", "answers": ["{name}"]}}'
+        for name in ("Ann", "Bo", "Cy", "Di", "Ed")
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model = tuned(tmp_path, encoder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
+    found = model.answer("who", "it is Flo")
+    assert isinstance(found, Found)
+    assert "it is Flo"[found.start : found.end] == found.text
+    assert 0 < found.probability <= 1
+
+
+def test_held_out_files_stay_as_they_are_and_out_of_training(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("text\tlabel\none\tx\ntwo\ty\none\tx\n", encoding="utf-8")
+    (tmp_path / "b.tsv").write_text("text\tlabel\ntwo\ty\ntwo\ty\n", encoding="utf-8")
+    source = ExamplesSource(task="classification", train=str(tmp_path / "a.tsv"), test=str(tmp_path / "b.tsv"))
+    recipe = DocumentsRecipe(name="d", source=source, validation_share=0, test_share=0)
+    made = collect(recipe, Workspace(tmp_path / "home"), QUIET)
+    assert [one.text for one in read_jsonl(made.file("examples.jsonl"), Labelled)] == ["one"]
+    assert len(list(read_jsonl(made.file("examples_test.jsonl"), Labelled))) == 2
+    assert made.facts["dropped"] == {"held out": 1, "exact duplicate": 1}
+
+
+def test_conllu_takes_words_and_their_universal_tags(tmp_path: Path) -> None:
+    rows = [
+        "# text = don't",
+        "1-2\tdon't\t_\t_\t_\t_\t_\t_\t_\t_",
+        "1\tdo\tdo\tAUX\tVB\t_\t_\t_\t_\t_",
+        "2\tn't\tnot\tPART\tRB\t_\t_\t_\t_\t_",
+    ]
+    (tmp_path / "t.conllu").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+    source = ExamplesSource(task="tokens", train=str(tmp_path / "t.conllu"))
+    recipe = DocumentsRecipe(name="d", source=source, validation_share=0, test_share=0)
+    made = collect(recipe, Workspace(tmp_path / "home"), QUIET)
+    assert list(read_jsonl(made.file("examples.jsonl"), Tagged)) == [Tagged(words=("do", "n't"), tags=("AUX", "PART"))]
+
+
+def test_a_file_without_the_fields_says_so(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    source = ExamplesSource(task="classification", train=str(tmp_path / "t.csv"))
+    with pytest.raises(UserError, match="no usable example: 1 no text"):
+        collect(DocumentsRecipe(name="d", source=source), Workspace(tmp_path / "home"), QUIET)
+
+
+def test_first_tokens_belong_to_the_word_they_begin() -> None:
+    text, spans = joined(["ab", "c"])
+    assert (text, spans) == ("ab c", [(0, 2), (3, 4)])
+    assert first_tokens([(0, 1), (1, 2), (3, 4)], spans) == [0, 2]
+    assert first_tokens([(0, 4)], spans) == [0, None]
+
+
+def test_an_i_of_another_kind_begins_a_stretch() -> None:
+    spans = [(0, 1), (2, 3), (4, 5)]
+    tags = [("B-x", 0.9), ("I-x", 0.5), ("I-y", 0.8)]
+    found = joined_entities("a b c", spans, tags)
+    assert [(one.text, one.label, one.probability) for one in found] == [("a b", "x", 0.5), ("c", "y", 0.8)]
