@@ -1,9 +1,8 @@
-"""From files of examples to a model that answers: each task on a tiny decoder, and what stands in the way."""
+"""From files of examples to a model that answers: each task on a tiny decoder or encoder, and what stands in the way."""
 
 from pathlib import Path
 
 import pytest
-from tests.tiny import tiny_model
 
 from ownlm.artifact import Workspace
 from ownlm.documents.collect import DocumentsRecipe, collect
@@ -11,12 +10,15 @@ from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
 from ownlm.generate.model import Model, load
 from ownlm.generate.reading import Found, joined_entities
+from ownlm.models.families import from_hf
+from ownlm.models.heads import init_normal
 from ownlm.models.weights import save_model
 from ownlm.records import Labelled, Tagged, read_jsonl
 from ownlm.report import Reporter
 from ownlm.tokens.framing import first_tokens, joined
 from ownlm.train.optimizers import Optimizer
 from ownlm.train.stages import FinetuneRecipe, finetune
+from tiny import tiny_model, tiny_tokenizer
 
 QUIET = Reporter.silent()
 FAST = Optimizer(kind="adamw", lr=3e-3, embedding_lr=3e-3, head_lr=3e-3, vector_lr=3e-3, eps=1e-8, weight_decay=0.0)
@@ -29,6 +31,23 @@ def base(tmp_path: Path) -> Path:
     folder.mkdir()
     save_model(model.decoder, folder, eos_token_id=[model.tokenizer.eos_id])
     model.tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "encoder"
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": tokenizer.vocab_size, "hidden_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+        "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+    }  # fmt: skip
+    config, family = from_hf(hf)
+    model = family.build(config, hf)
+    init_normal(model.named_parameters(), std=0.1)
+    folder.mkdir()
+    save_model(model, folder)
+    tokenizer.save(folder)
     return folder
 
 
@@ -59,21 +78,21 @@ def test_classification_from_a_table(tmp_path: Path, base: Path) -> None:
         model.entities("aaaa")
 
 
-def test_tokens_from_conll(tmp_path: Path, base: Path) -> None:
+def test_tokens_from_conll(tmp_path: Path, encoder: Path) -> None:
     lines = [f"x{n}\tO\nBob\tB-name\nRay\tI-name\n" for n in range(30)]
     (tmp_path / "t.conll").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, base, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
+    model = tuned(tmp_path, encoder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
     (found,) = model.entities("x99 Bob Ray")
     assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
 
 
-def test_answers_are_stretches_of_the_context(tmp_path: Path, base: Path) -> None:
+def test_answers_are_stretches_of_the_context(tmp_path: Path, encoder: Path) -> None:
     lines = [
         f'{{"question": "who", "context": "it is {name}", "answers": ["{name}"]}}'
         for name in ("Ann", "Bo", "Cy", "Di", "Ed")
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, base, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
+    model = tuned(tmp_path, encoder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
     found = model.answer("who", "it is Flo")
     assert isinstance(found, Found)
     assert "it is Flo"[found.start : found.end] == found.text
