@@ -8,6 +8,7 @@ from ownlm.artifact import Workspace
 from ownlm.documents.collect import DocumentsRecipe, collect
 from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
+from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.generate.model import Model, load
 from ownlm.generate.reading import Found, joined_entities
 from ownlm.models.families import from_hf
@@ -74,6 +75,10 @@ def test_classification_from_a_table(tmp_path: Path, base: Path) -> None:
     assert next(iter(first)) == "first"
     assert next(iter(second)) == "second"
     assert sum(first.values()) == pytest.approx(1)
+    scores = EvaluateRecipe(name="scores", checkpoint="tuned", documents="examples")
+    made = evaluate(scores, Workspace(tmp_path / "home"), QUIET).facts["scores"]
+    assert made["examples accuracy"]["value"] == 1.0
+    assert made["examples accuracy"]["baseline"] == 1.0  # the words alone tell the labels
     with pytest.raises(UserError, match="a head for token is needed"):
         model.entities("aaaa")
 
