@@ -40,7 +40,10 @@ def examples(documents: Artifact) -> Task | None:
             best = max(models, key=lambda one: _scores(kind, judge, _predict(kind, one, judge), 0)[0][1][0])
             baseline = [value for _, (value, _, _) in _scores(kind, asked, _predict(kind, best, asked), 0)]
         scores = [
-            Score(task="examples", metric=name, value=value, low=low, high=high, n=len(asked), baseline=None if baseline is None else baseline[at])
+            Score(
+                task="examples", metric=name, value=value, low=low, high=high, n=len(asked),
+                baseline=None if baseline is None else baseline[at],
+            )
             for at, (name, (value, low, high)) in enumerate(_scores(kind, asked, told, settings.seed))
         ]  # fmt: skip
         return Result(task="examples", scores=tuple(scores), details={"kind": kind, "split": split.strip("_")})
