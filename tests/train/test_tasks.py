@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ownlm.artifact import Workspace
-from ownlm.documents.collect import DocumentsRecipe, collect
+from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
@@ -102,6 +102,25 @@ def test_answers_are_stretches_of_the_context(tmp_path: Path, encoder: Path) -> 
     assert isinstance(found, Found)
     assert "it is Flo"[found.start : found.end] == found.text
     assert 0 < found.probability <= 1
+
+
+def test_rewriting_and_plain_text_are_learned_by_a_decoder(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"say {n}" for n in range(20)), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("\n".join("yes" for _ in range(20)), encoding="utf-8")
+    pairs = ExamplesSource(task="seq2seq", train=str(tmp_path / "a.txt"), targets=str(tmp_path / "b.txt"))
+    model = tuned(tmp_path, base, pairs, steps=80)
+    assert model.generate("say 99\n", max_tokens=8).text == "yes"
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "t.txt").write_text("The same words come again and again. " * 40, encoding="utf-8")
+    workspace = Workspace(tmp_path / "home")
+    collect(
+        DocumentsRecipe(name="texts", source=FolderSource(path=str(tmp_path / "texts")), rules=False), workspace, QUIET
+    )
+    recipe = FinetuneRecipe(
+        name="reader", checkpoint=str(base), documents="texts", task="text", context=32, batch_tokens=256, steps=30,
+        optimizer=FAST, precision="fp32", validate_every=None, checkpoint_every=None,
+    )  # fmt: skip
+    assert finetune(recipe, workspace, QUIET).facts["loss"] < 3.5  # 5.6 nats is a guess among 259 tokens
 
 
 def test_held_out_files_stay_as_they_are_and_out_of_training(tmp_path: Path) -> None:

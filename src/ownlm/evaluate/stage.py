@@ -21,7 +21,7 @@ from ownlm.records import Score, from_json, to_json, write_jsonl
 from ownlm.report import Reporter, duration
 from ownlm.storage import sha256
 
-TaskName = Literal["questions", "bits_per_byte", "canary", "association"]
+TaskName = Literal["questions", "bits_per_byte", "canary", "association", "examples"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

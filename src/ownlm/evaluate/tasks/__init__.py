@@ -6,6 +6,7 @@ from pathlib import Path
 from ownlm.artifact import Artifact
 from ownlm.errors import UserError
 from ownlm.evaluate.harness import Task
+from ownlm.evaluate.tasks.examples import examples
 from ownlm.evaluate.tasks.files import file_task
 from ownlm.evaluate.tasks.planted import association, canary
 from ownlm.evaluate.tasks.questions import questions
@@ -16,6 +17,7 @@ TASKS: dict[str, Callable[[Artifact], Task | None]] = {
     "bits_per_byte": bits_per_byte,
     "canary": canary,
     "association": association,
+    "examples": examples,
 }
 
 
