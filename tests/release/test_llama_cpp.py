@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from encoder_references import save_encoder
 from gguf_cases import CASES
-from llama_cpp import LlamaCpp, decided, difference
+from llama_reference import LlamaCpp, decided, difference
 from references import CONFIGS, save
+from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
 
 from ownlm import gguf
 from ownlm.models.decoder import Decoder, init_weights
@@ -120,6 +122,24 @@ def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: 
     assert distance(theirs - ours) < 0.02 * distance(ours)
     if quantization.startswith("Q4"):
         assert distance(theirs - ours) < 0.25 * distance(original - ours)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "shifted"])
+@pytest.mark.parametrize("type", ["Q8_0", *GGML_ERRORS])
+def test_less_error_than_its_quantiser(type: str, kind: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """What tests/models/test_ggml.py has as numbers, measured."""
+    given = numbers(kind)
+    given.tofile(tmp_path / "numbers")
+    llama_cpp.ask(
+        quantize=[gguf.LAYOUTS[type].code, 4096], numbers=str(tmp_path / "numbers"), out=str(tmp_path / "out")
+    )
+    theirs, ours = np.fromfile(tmp_path / "out", np.uint8), encoded(type, given)
+    if type == "Q8_0":
+        assert np.array_equal(ours, theirs)
+        return
+    error = relative_error(type, theirs, given)
+    assert error == pytest.approx(GGML_ERRORS[type][kind], rel=2e-3)
+    assert relative_error(type, ours, given) < error
 
 
 @needs_vectors
