@@ -3,6 +3,7 @@
     {"model": path, "prompt": [ids], "tokens": 100}  ─►  {"tokens": [ids], "logits": [[…] of each place of the prompt]}
     {"model": path, "hidden": [ids]}                 ─►  {"hidden": [[…] of each token]}, of an encoder
     {"model": path, "texts": ["…"]}                  ─►  {"ids": [[…]]}
+    {"quantize": [type, row], "numbers": path, "out": path}  ─►  {"seconds": …}, by ggml's own quantiser, on one core
 
 One request a line on standard input, one answer a line on standard output; llama.cpp's own log goes nowhere.
 """
@@ -10,6 +11,8 @@ One request a line on standard input, one answer a line on standard output; llam
 import ctypes
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -23,6 +26,8 @@ def silent(level: int, text: bytes, data: Any) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    if "quantize" in request:
+        return {"seconds": ggml_quantize(*request["quantize"], request["numbers"], request["out"])}
     settings = llama_cpp.llama_model_default_params()
     settings.vocab_only = "texts" in request
     settings.n_gpu_layers = 0
@@ -38,6 +43,30 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         return complete(model, vocabulary, request["prompt"], request["tokens"])
     finally:
         llama_cpp.llama_model_free(model)
+
+
+def ggml_quantize(type: int, row: int, numbers: str, out: str) -> float:
+    """`numbers` is a file of float32, `out` gets the blocks."""
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    ggml = ctypes.CDLL(str(next(folder.glob("libggml-base*"))))
+    ggml.ggml_row_size.restype = ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    given = np.fromfile(numbers, np.float32)
+    rows = len(given) // row
+    found = np.empty(rows * ggml.ggml_row_size(type, ctypes.c_int64(row)), np.uint8)
+    size = ctypes.c_int64
+    began = time.process_time()
+    ggml.ggml_quantize_chunk(
+        type,
+        given.ctypes.data_as(ctypes.c_void_p),
+        found.ctypes.data_as(ctypes.c_void_p),
+        size(0),
+        size(rows),
+        size(row),
+        None,
+    )
+    seconds = time.process_time() - began
+    found.tofile(out)
+    return seconds
 
 
 def tokenize(vocabulary: Any, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
 from ownlm.models.weights import save_model
 from ownlm.release.export import TEXT, export
+from tiny import tiny_model
 
 TOKENIZER = Path(__file__).parents[3] / "shared" / "vectors" / "torchtitan"
 pytestmark = pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs ../shared/vectors/torchtitan")
@@ -143,3 +145,27 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert (event["event"], event["kind"], event["architecture"]) == ("exported", "hf", "qwen3")
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "nowhere" / "a.gguf")]) == 2
     assert main(["generate", out, "Once", "max_tokens=5"]) == 0
+
+
+def test_the_how_to_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command and the Python of docs/how-to/export-to-gguf.md, in their order, with another model of that name."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "export-to-gguf.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_model()
+    save_model(tiny.decoder, tmp_path / "demo")
+    tiny.tokenizer.save(tmp_path / "demo")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) == 3
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert "demo.gguf: " in capsys.readouterr().out
+    python = [block.removeprefix("python") for block in page.split("```") if block.startswith("python")]
+    ran: dict[str, Any] = {}
+    exec("\n".join(python), ran)  # noqa: S102
+    assert ran["model"].name == "demo-q4"
+    assert ran["model"].tokenizer.template is not None
+    chat = [{"role": "user", "content": "hi"}]
+    ours, theirs = (each.tokenizer.chat(chat, add_generation_prompt=True) for each in (tiny, ran["model"]))
+    assert ours == theirs

@@ -1,0 +1,153 @@
+"""Hugging Face -> ownlm -> GGUF -> llama.cpp: the same logits, the same greedy text, the same tokens of a text.
+
+Needs a Python that has llama-cpp-python, which compiles for ten minutes: OWNLM_LLAMA_PYTHON names it, and
+benchmarks/gguf_parity.py makes such an environment.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from encoder_references import save_encoder
+from gguf_cases import CASES
+from llama_reference import LlamaCpp, decided, difference
+from references import CONFIGS, save
+from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
+
+from ownlm import gguf
+from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.families import from_hf
+from ownlm.models.weights import load_model, save_model
+from ownlm.release.export import TEXT, export
+from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import from_gguf
+from ownlm.tokens.gguf_write import PROBES, to_gguf
+
+PYTHON = os.environ.get("OWNLM_LLAMA_PYTHON", "")
+VECTORS = Path(__file__).parents[3] / "shared" / "vectors"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="OWNLM_LLAMA_PYTHON names no Python with llama-cpp-python"),
+]
+needs_vectors = pytest.mark.skipif(not VECTORS.is_dir(), reason="needs ../shared/vectors")
+# llama.cpp takes GELU from a table of half precision, and rounds the ends of gpt-oss's YaRN.
+BARS = {"gpt2": 1e-3, "gpt-neox": 1e-3, "phi2": 1e-3, "gemma": 3e-3, "gemma2": 3e-3, "gemma3": 3e-3}
+APART = ("gpt-oss",)
+TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[LlamaCpp]:
+    child = LlamaCpp(PYTHON)
+    yield child
+    child.close()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in APART])
+def test_the_same_logits_and_greedy_tokens(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    save(CASES[name][1], tmp_path / "hf")
+    export(tmp_path / "hf", out=tmp_path / "model.gguf", quantization="F32")
+    model = load_model(tmp_path / "hf")
+    prompt, ours = decided(model, length=24, count=TOKENS, vocabulary=97)
+    theirs = llama_cpp.ask(model=str(tmp_path / "model.gguf"), prompt=prompt, tokens=TOKENS)
+    with torch.inference_mode():
+        logits = model.logits(model(torch.tensor([prompt])))[0]
+    assert difference(logits, torch.tensor(theirs["logits"])) <= BARS.get(name, 1e-5)
+    assert theirs["tokens"] == ours.tokens
+
+
+def test_yarn_is_where_gpt_oss_differs(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """Without it, llama.cpp computes the same."""
+    save(CONFIGS["gpt-oss"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, tmp_path / "hf")
+    done = export(tmp_path / "hf", out=tmp_path / "model.gguf", quantization="F32")
+    assert "YaRN" in done.notes[0]
+    model = load_model(tmp_path / "hf")
+    prompt, ours = decided(model, length=24, count=TOKENS, vocabulary=97)
+    assert llama_cpp.ask(model=str(tmp_path / "model.gguf"), prompt=prompt, tokens=TOKENS)["tokens"] == ours.tokens
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": CONFIGS["llama3"], "gpt2": CONFIGS["gpt2"], "qwen3": CONFIGS["qwen3"], "mixtral": CONFIGS["mixtral"],
+}  # fmt: skip
+
+
+@needs_vectors
+@pytest.mark.parametrize("quantization", ["F32", "F16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_same_greedy_text(name: str, quantization: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """With a tokenizer: what a user of llama.cpp reads is what a user of ownlm reads."""
+    save(SHAPES[name] | {"vocab_size": 2048}, tmp_path / "hf")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(VECTORS / "torchtitan" / file, tmp_path / "hf")
+    path = tmp_path / "model.gguf"
+    export(tmp_path / "hf", out=path, quantization=quantization)
+    model, tokenizer = load_model(path, dtype=torch.float32), Tokenizer.load(tmp_path / "hf")
+    prompt, ours = decided(model, length=24, count=TOKENS, vocabulary=2000)
+    theirs = llama_cpp.ask(model=str(path), prompt=prompt, tokens=TOKENS)["tokens"]
+    assert tokenizer.decode(theirs) == tokenizer.decode(ours.tokens)
+    assert llama_cpp.ask(model=str(path), texts=[TEXT])["ids"] == [tokenizer.encode(TEXT)]
+
+
+def test_an_encoder(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    save_encoder("bert", "Model", tmp_path / "hf")
+    export(tmp_path / "hf", out=tmp_path / "bert.gguf", quantization="F32")
+    ids = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = load_model(tmp_path / "hf")(ids[None])[0]
+    theirs = torch.tensor(llama_cpp.ask(model=str(tmp_path / "bert.gguf"), hidden=ids.tolist())["hidden"])
+    assert difference(ours, theirs) <= 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"])
+def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """llama.cpp also rounds what it multiplies with (to 8 bits): its logits are near ours, much nearer than the original's are
+    where weights have four bits. Weights of usual size, so that little roundings don't grow."""
+    hf = CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 512}
+    save_model(init_weights(Decoder(from_hf(hf)[0], hf), zero_output=False), tmp_path / "hf")
+    export(tmp_path / "hf", out=tmp_path / "model.gguf", quantization=quantization)
+    ids = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        original, ours = (
+            model.logits(model(ids[None]))[0]
+            for model in (load_model(tmp_path / "hf"), load_model(tmp_path / "model.gguf"))
+        )
+    answer = llama_cpp.ask(model=str(tmp_path / "model.gguf"), prompt=ids.tolist(), tokens=1)
+    theirs = torch.tensor(answer["logits"])
+    distance = torch.linalg.vector_norm
+    assert distance(theirs - ours) < 0.02 * distance(ours)
+    if quantization.startswith("Q4"):
+        assert distance(theirs - ours) < 0.25 * distance(original - ours)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "shifted"])
+@pytest.mark.parametrize("type", ["Q8_0", *GGML_ERRORS])
+def test_less_error_than_its_quantiser(type: str, kind: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """What tests/models/test_ggml.py has as numbers, measured."""
+    given = numbers(kind)
+    given.tofile(tmp_path / "numbers")
+    llama_cpp.ask(
+        quantize=[gguf.LAYOUTS[type].code, 4096], numbers=str(tmp_path / "numbers"), out=str(tmp_path / "out")
+    )
+    theirs, ours = np.fromfile(tmp_path / "out", np.uint8), encoded(type, given)
+    if type == "Q8_0":
+        assert np.array_equal(ours, theirs)
+        return
+    error = relative_error(type, theirs, given)
+    assert error == pytest.approx(GGML_ERRORS[type][kind], rel=2e-3)
+    assert relative_error(type, ours, given) < error
+
+
+@needs_vectors
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "llama-spm", "bert-bge"])
+def test_vocabularies_that_we_wrote(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    theirs = VECTORS / "llama.cpp-vocab" / "models" / f"ggml-vocab-{name}.gguf"
+    tokenizer = from_gguf(gguf.read(theirs).metadata)
+    gguf.write(tmp_path / "v.gguf", {"general.architecture": "llama", **to_gguf(tokenizer, tokenizer.vocab_size)}, [])
+    texts = [*PROBES, *theirs.with_name(f"{theirs.name}.inp").read_text().split("\n__ggml_vocab_test__\n")]
+    wanted = llama_cpp.ask(model=str(theirs), texts=texts)["ids"]
+    assert llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts)["ids"] == wanted
