@@ -1,6 +1,6 @@
 """GGUF against llama.cpp: the same logits and greedy tokens for every family it computes, and blocks with less error.
 
-    python benchmarks/gguf_parity.py [--environment build/llama-cpp] [--python PYTHON] [--tokens 120]
+    python benchmarks/gguf_parity.py [--python PYTHON] [--tokens 120] [--only llama qwen3 …]
 
 Makes an environment with llama-cpp-python (it compiles: about ten minutes), or uses the Python that is named. Models are
 transformers' with loud random weights (tests/models/gguf_cases.py), written by transformers, read by ownlm, exported as GGUF, and run
@@ -52,15 +52,16 @@ def environment(folder: Path) -> str:
 
 
 def write_grok(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = Decoder(from_hf(GROK)[0], GROK)
+    hf = GROK | {"num_attention_heads": 4, "max_position_embeddings": 512, "embedding_multiplier_scale": 1.0}
+    model = Decoder(from_hf(hf)[0], hf)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
     save_model(model, folder)
 
 
-def families(llama_cpp: LlamaCpp, tokens: int) -> None:
+def families(llama_cpp: LlamaCpp, tokens: int, only: list[str]) -> None:
     print(
         "| family | architecture | max abs Δ logits / max(1, max) | greedy tokens equal, F32 | F16 | closest choice |"
     )
@@ -69,6 +70,8 @@ def families(llama_cpp: LlamaCpp, tokens: int) -> None:
     cases["gpt-oss without YaRN"] = CONFIGS["gpt-oss"] | PLAIN_ROPE
     cases["grok-1"] = None
     for name, config in cases.items():
+        if only and name not in only:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "hf"
             if config is None:
@@ -169,10 +172,11 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, default=Path("build/llama-cpp"))
     parser.add_argument("--python", help="one that has llama-cpp-python already")
     parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--only", nargs="*", default=[], help="families, by their names in the table")
     args = parser.parse_args()
     llama_cpp = LlamaCpp(args.python or environment(args.environment))
     try:
-        families(llama_cpp, args.tokens)
+        families(llama_cpp, args.tokens, args.only)
         encoder(llama_cpp)
         blocks(llama_cpp)
     finally:

@@ -19,7 +19,7 @@ from ownlm.cli import main
 from ownlm.errors import NotFound, UserError
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.weights import save_model
+from ownlm.models.weights import load_model, save_model
 from ownlm.release.export import TEXT, export
 from tiny import tiny_model
 
@@ -132,6 +132,17 @@ def test_what_the_format_cant_hold_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["hf"]
     with pytest.raises(NotFound):
         export(tmp_path / "none.gguf", out=tmp_path / "a.gguf")
+
+
+def test_a_number_that_the_type_cant_hold(tmp_path: Path) -> None:
+    save(CONFIGS["llama"], tmp_path / "hf")
+    model = load_model(tmp_path / "hf")
+    model.layers[1].mlp.down_proj.weight.data[0, 0] = 1e5
+    save_model(model, tmp_path / "large")
+    with pytest.raises(UserError, match=r"blk.1.ffn_down.weight: it holds a number that F16 can't. Take BF16 or F32"):
+        export(tmp_path / "large", out=tmp_path / "a.gguf", quantization="F16")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "large"]
+    assert export(tmp_path / "large", out=tmp_path / "a.gguf", quantization="BF16").agreement > 0.9
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,9 @@ def _differences(name: str, config: Config, ours: Mapping[str, Tensor]) -> list[
     table = architecture.names(config)
     if lost := nameless(table, ours):
         return [f"{len(lost)} tensors such as {lost[0]} have no place"]
+    a = config.layers[0].attention
+    if architecture.square and a.num_heads * a.head_dim != config.hidden_size:
+        return [f"the heads are {a.num_heads * a.head_dim} wide together, there {config.hidden_size}"]
     infos = {stored.name: gguf.TensorInfo("F32", stored.shape(ours), 0, 0) for stored in stored_tensors(table, ours)}
     if architecture.head:
         infos.setdefault("output.weight", infos["token_embd.weight"])

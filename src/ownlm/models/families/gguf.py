@@ -28,6 +28,7 @@ from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary
 
 LARGEST = 2**31
+PARTIAL = ("gptneox", "phi2", "phi3")  # where llama.cpp turns a part of each head
 # Tensors that say how positions turn, and are read with the keys.
 DERIVED = r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"
 
@@ -130,6 +131,8 @@ def decoder(keys: Keys, model_type: str, **others: Any) -> dict[str, Any]:
 
 def rope(keys: Keys, head_dim: int) -> dict[str, Any]:
     dims = min(keys.count("rope.dimension_count", head_dim), head_dim)
+    if dims < head_dim and keys.architecture not in PARTIAL:
+        keys.fail(f"{keys.architecture} models turn whole heads, not {dims} of {head_dim} dimensions.")
     fraction = dims / head_dim
     while int(head_dim * fraction) < dims:  # as transformers counts them
         fraction = math.nextafter(fraction, 2.0)
@@ -304,12 +307,13 @@ def pooling(keys: Keys) -> Pooling | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """`head`: llama.cpp wants an output tensor, even if it equals the embedding. `windows`: it applies them. `differs`: what it
-    computes in its own way, told to whoever exports."""
+    """`head`: llama.cpp wants an output tensor, even if it equals the embedding. `square`: the heads together must be as wide as the
+    model. `windows`: it applies them. `differs`: what it computes in its own way, told to whoever exports."""
 
     read: Callable[[Keys], dict[str, Any]]
     names: Callable[[Any], Table] = names.common
     head: bool = False
+    square: bool = False
     windows: bool = False
     differs: str = ""
 
@@ -317,12 +321,14 @@ class Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(read=read_llama, names=names.llama),
     "qwen3": Architecture(read=lambda keys: decoder(keys, "qwen3")),
-    "gpt2": Architecture(read=read_gpt2, names=names.gpt2),
-    "qwen2": Architecture(read=lambda keys: decoder(keys, "qwen2")),
+    "gpt2": Architecture(read=read_gpt2, names=names.gpt2, square=True),
+    "qwen2": Architecture(read=lambda keys: decoder(keys, "qwen2"), square=True),
     "qwen3moe": Architecture(read=read_qwen3_moe),
-    "gptneox": Architecture(read=read_gpt_neox, names=names.fused, head=True, differs="GELU in its tanh form"),
-    "phi2": Architecture(read=read_phi, names=names.phi, head=True),
-    "phi3": Architecture(read=read_phi3, names=names.phi3),
+    "gptneox": Architecture(
+        read=read_gpt_neox, names=names.fused, head=True, square=True, differs="GELU in its tanh form"
+    ),
+    "phi2": Architecture(read=read_phi, names=names.phi, head=True, square=True),
+    "phi3": Architecture(read=read_phi3, names=names.phi3, square=True),
     "gemma": Architecture(read=read_gemma, names=names.gemma),
     "gemma2": Architecture(read=read_gemma2, names=names.gemma, windows=True),
     "gemma3": Architecture(read=read_gemma3, names=names.gemma, windows=True),
@@ -333,6 +339,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         windows=True,
         differs="YaRN, where there is it, with rounded ends",
     ),
-    "grok": Architecture(read=read_grok, names=names.grok, differs="the chosen experts' weights so that they sum to 1"),
+    "grok": Architecture(read=read_grok, names=names.grok, square=True),
     "bert": Architecture(read=read_bert, names=names.bert, differs="GELU in its tanh form"),
 }
