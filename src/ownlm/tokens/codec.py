@@ -52,6 +52,11 @@ class Tokenizer:
         backend.no_truncation()
         self.backend = backend
         self._json = json.loads(backend.to_str())
+        byte_level = (self._json["decoder"] or {}).get("type") == "ByteLevel"
+        if self._json["model"]["type"] == "Unigram" and self._json["model"].get("unk_id") is None and not byte_level:
+            raise UserError(
+                "the vocabulary has no token for unknown text.", cure="Restore its files from their source."
+            )
         added = {token["content"]: token for token in self._json["added_tokens"] if token["special"]}
         unknown = _unknown_token(self._json["model"])
         # Unigram finds every piece in text, the one for unknown text too, and so does BPE that takes whole words.
@@ -289,8 +294,9 @@ class Tokenizer:
         known = {name: text for name, text in named.items() if backend.token_to_id(text) is not None}
         backend.add_special_tokens(sorted(set(known.values())))
         config = {key: value for key, value in config.items() if key not in named or key in known}
-        stops = files.read_json(path / "generation_config.json").get("eos_token_id") or []
-        return cls(backend, config, stops=[stops] if isinstance(stops, int) else stops)
+        stops = files.read_json(path / "generation_config.json").get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops]
+        return cls(backend, config, stops=[id for id in stops if isinstance(id, int)])
 
 
 def _unknown_token(model: Mapping[str, Any]) -> str | None:

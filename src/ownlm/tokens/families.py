@@ -14,7 +14,6 @@ would give ids that look right.
 """
 
 import base64
-import binascii
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -30,6 +29,7 @@ from ownlm.tokens.files import RESTORE, declared_tokens, read_bytes, read_json, 
 from ownlm.tokens.patterns import GPT2, LLAMA3, O200K, QWEN2, Words
 from ownlm.tokens.sentencepiece import check_charsmap, read_model
 
+MAX_SPECIAL = 100_000  # tokens beside the ranks
 CLIP_MERGES, CLIP_BYTES = 49152 - 256 - 2, 16 * 2**20
 
 # model_type in config.json -> tokenizer_class, for the directories that name no class.
@@ -250,11 +250,13 @@ def _tekken(file: Path, config: dict[str, Any], family: str) -> Backend:
     try:
         settings, first = data["config"], int(data["config"]["default_num_special_tokens"])
         count = int(settings["default_vocab_size"]) - first
-        names = {int(token["rank"]): str(token["token_str"]) for token in data["special_tokens"]}
+        names = {int(token["rank"]): token["token_str"].encode().decode() for token in data["special_tokens"]}
         words = islice(data["vocab"], count)
         tokens = {base64.b64decode(word["token_bytes"], validate=True): rank for rank, word in enumerate(words)}
-        pattern = str(settings["pattern"])
-    except (KeyError, TypeError, ValueError, binascii.Error) as fault:
+        pattern = settings["pattern"].encode().decode()
+        if not 0 <= first <= MAX_SPECIAL:
+            raise ValueError(f"{first} special tokens")
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(
             f"not a tekken file that names its special tokens ({type(fault).__name__}: {fault}).",
             cure="Use the checkpoint's tokenizer.json, or a tekken.json of version 7 or later.",
