@@ -4,7 +4,7 @@
     document ─────────────► document ► [begin] ids end
     messages ─► template ─► chat ────► ids, trained    special tokens come from the template only
 
-One object trains, evaluates and serves a model, whatever files its vocabulary came in (`tokens/families.py`). It saves itself in
+One object trains, evaluates and serves a model, whatever files its vocabulary came in (`tokens/readers.py`). It saves itself in
 Hugging Face layout (tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and transformers'
 AutoTokenizer gives the same ids from it.
 """
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Backend
 from ownlm.documents.clean import well_formed
 from ownlm.errors import UserError
 from ownlm.records import Message, to_json
-from ownlm.tokens import families, files
+from ownlm.tokens import files, readers
 from ownlm.tokens.convert import SEPARATOR
 from ownlm.tokens.files import NAMED, token_text
 from ownlm.tokens.patterns import QWEN2
@@ -287,7 +287,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """The tokenizer in a directory, from whichever files it comes in. Raises NotFound or UserError when there is none."""
-        backend, config = families.read(path)
+        backend, config = readers.read(path)
         # A token that only the config declares special must be special to the backend too; one that the vocabulary lacks
         # (GPT-2 files name such) can't be.
         named = {name: text for name in NAMED if (text := token_text(config.get(name)))}
