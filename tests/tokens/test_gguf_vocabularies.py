@@ -159,6 +159,8 @@ def test_t5_like_vocabularies() -> None:
         ({"model": "llama"}, "scores is missing"),
         ({"model": "t5", "scores": [0.0] * 258, "precompiled_charsmap": [255] * 9}, "table of characters"),
         ({"model": "bert"}, r"lacks its unknown token"),
+        ({"eos_token_id": "end"}, "eos_token_id is no number"),
+        ({"model": "t5", "scores": [0.0] * 258, "unknown_token_id": 999}, "no token for unknown text"),
         ({"eos_token_id": 10**6}, "no token that ends a document"),
     ],
 )

@@ -4,7 +4,7 @@
     document ─────────────► document ► [begin] ids end
     messages ─► template ─► chat ────► ids, trained    special tokens come from the template only
 
-One object trains, evaluates and serves a model, whatever files its vocabulary came in (`tokens/families.py`). It saves itself in
+One object trains, evaluates and serves a model, whatever files its vocabulary came in (`tokens/readers.py`). It saves itself in
 Hugging Face layout (tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja), and transformers'
 AutoTokenizer gives the same ids from it.
 """
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Backend
 from ownlm.documents.clean import well_formed
 from ownlm.errors import UserError
 from ownlm.records import Message, to_json
-from ownlm.tokens import families, files
+from ownlm.tokens import files, readers
 from ownlm.tokens.convert import SEPARATOR
 from ownlm.tokens.files import NAMED, token_text
 from ownlm.tokens.patterns import QWEN2
@@ -52,6 +52,11 @@ class Tokenizer:
         backend.no_truncation()
         self.backend = backend
         self._json = json.loads(backend.to_str())
+        byte_level = (self._json["decoder"] or {}).get("type") == "ByteLevel"
+        if self._json["model"]["type"] == "Unigram" and self._json["model"].get("unk_id") is None and not byte_level:
+            raise UserError(
+                "the vocabulary has no token for unknown text.", cure="Restore its files from their source."
+            )
         added = {token["content"]: token for token in self._json["added_tokens"] if token["special"]}
         unknown = _unknown_token(self._json["model"])
         # Unigram finds every piece in text, the one for unknown text too, and so does BPE that takes whole words.
@@ -282,15 +287,16 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """The tokenizer in a directory, from whichever files it comes in. Raises NotFound or UserError when there is none."""
-        backend, config = families.read(path)
+        backend, config = readers.read(path)
         # A token that only the config declares special must be special to the backend too; one that the vocabulary lacks
         # (GPT-2 files name such) can't be.
         named = {name: text for name in NAMED if (text := token_text(config.get(name)))}
         known = {name: text for name, text in named.items() if backend.token_to_id(text) is not None}
         backend.add_special_tokens(sorted(set(known.values())))
         config = {key: value for key, value in config.items() if key not in named or key in known}
-        stops = files.read_json(path / "generation_config.json").get("eos_token_id") or []
-        return cls(backend, config, stops=[stops] if isinstance(stops, int) else stops)
+        stops = files.read_json(path / "generation_config.json").get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops]
+        return cls(backend, config, stops=[id for id in stops if isinstance(id, int)])
 
 
 def _unknown_token(model: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,9 @@ known here is an error: another split would give ids that look right.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from operator import index
 from typing import Any, NoReturn
 
 from tokenizers import AddedToken
@@ -69,35 +71,41 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if len(set(tokens)) < len(tokens):
         _fail("a token stands in the vocabulary twice")
 
-    def token(key: str, default: int | None = None) -> str | None:
-        id = metadata.get(KEY + key, default)
-        return tokens[int(id)] if id is not None and 0 <= int(id) < len(tokens) else None
-
-    config: dict[str, Any] = {name: text for name, key in NAMED.items() if (text := token(key))}
-    backend, defaults = KINDS[kind](metadata, tokens, types, config)
-    for name, text in defaults.items():
-        config.setdefault(name, text)
+    ids = {name: _id(metadata, tokens, key) for name, key in NAMED.items()}
+    config: dict[str, Any] = {name: tokens[id] for name, id in ids.items() if id is not None}
+    made = KINDS[kind](metadata, tokens, types, config)
+    config = {**made.names, **config}
+    first = config.get("bos_token", config.get("cls_token"))
     begins, ends = (
-        metadata.get(f"{KEY}add_{which}_token", config.pop(f"add_{which}", False)) for which in ("bos", "eos")
+        metadata.get(f"{KEY}add_{which}_token", usual) for which, usual in (("bos", made.begins), ("eos", made.ends))
     )
-    first = config.get("bos_token") or config.get("cls_token")
-    last = config.get("sep_token") if kind == "bert" or config.get("framed") else config.get("eos_token")
-    config.pop("framed", None)
     if first is None and metadata.get(f"{KEY}add_bos_token"):
         _fail(f"{KEY}add_bos_token is set, and no bos_token_id")
-    around = [*([first] if first and begins else []), "$A", *([last] if last and ends else [])]
-    convert.frame(backend, " ".join(around))
+    last = config.get(made.last)
+    backend = made.backend
+    convert.frame(backend, " ".join([*([first] if first and begins else []), "$A", *([last] if last and ends else [])]))
     config["add_bos_token"] = bool(begins and first)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         config["chat_template"] = template
     named = [text for name in NAMED if (text := config.get(name))]
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in dict.fromkeys(named)])
-    stops = [int(metadata[KEY + key]) for key in STOPS if KEY + key in metadata]
-    return Tokenizer(backend, config, stops=[id for id in stops if 0 <= id < len(tokens)])
+    stops = [id for key in STOPS if (id := _id(metadata, tokens, key)) is not None]
+    return Tokenizer(backend, config, stops=stops)
 
 
-def _gpt2(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: dict[str, Any]) -> Any:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A backend, which tokens stand around a text where the file doesn't say so, and names of tokens that it leaves out."""
+
+    backend: Backend
+    begins: bool = False
+    ends: bool = False
+    last: str = "eos_token"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def _gpt2(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: Mapping[str, str]) -> Made:
     pre = str(metadata.get(KEY + "pre", "default"))
     if pre not in PRE:
         near = get_close_matches(pre, PRE, n=1)
@@ -109,10 +117,12 @@ def _gpt2(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: 
     backend = _checked(lambda: convert.byte_level({token: id for id, token in enumerate(tokens)}, merges, PRE[pre]))
     _add(backend, tokens, types)
     framed = pre in FRAMED
-    return backend, {"add_bos": pre in BEGINS or framed, "add_eos": framed, **({"framed": True} if framed else {})}
+    if framed:
+        return Made(backend=backend, begins=True, ends=True, last="sep_token")
+    return Made(backend=backend, begins=pre in BEGINS)
 
 
-def _llama(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: dict[str, Any]) -> Any:
+def _llama(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: Mapping[str, str]) -> Made:
     model = SentencePiece(
         kind="bpe",
         pieces=tuple(tokens),
@@ -123,10 +133,10 @@ def _llama(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config:
         byte_fallback=BYTE in types,
         unk_id=_id(metadata, tokens, "unknown_token_id", 0),
     )
-    return _checked(lambda: convert.sentencepiece(model)), {"add_bos": True, "add_eos": False}
+    return Made(backend=_checked(lambda: convert.sentencepiece(model)), begins=True)
 
 
-def _t5(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: dict[str, Any]) -> Any:
+def _t5(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: Mapping[str, str]) -> Made:
     charsmap = metadata.get(KEY + "precompiled_charsmap")
     try:
         table = b"" if charsmap is None else bytes(int(byte) & 255 for byte in charsmap)
@@ -145,11 +155,11 @@ def _t5(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: di
         unk_id=_id(metadata, tokens, "unknown_token_id", 2),
     )
     eos = _id(metadata, tokens, "eos_token_id", 1)
-    defaults = {"add_bos": False, "add_eos": True, **({} if eos is None else {"eos_token": tokens[eos]})}
-    return _checked(lambda: convert.sentencepiece(model)), defaults
+    names = {} if eos is None else {"eos_token": tokens[eos]}
+    return Made(backend=_checked(lambda: convert.sentencepiece(model)), ends=True, names=names)
 
 
-def _bert(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: dict[str, Any]) -> Any:
+def _bert(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: Mapping[str, str]) -> Made:
     def hugging_face(token: str, type: int) -> str:
         if token.startswith("▁"):
             return token[1:]
@@ -161,16 +171,17 @@ def _bert(metadata: Mapping[str, Any], tokens: list[str], types: bytes, config: 
     words = [piece for piece, token in zip(pieces, tokens, strict=True) if token.startswith("▁")]
     # llama.cpp always lower-cases. A vocabulary with capitals was learned without that.
     cased = any(word != word.lower() for word in words)
-    unknown = config.setdefault("unk_token", "[UNK]")
+    unknown = config.get("unk_token", "[UNK]")
     backend = _checked(
         lambda: convert.wordpiece({piece: id for id, piece in enumerate(pieces)}, unknown=unknown, lowercase=not cased)
     )
     _add(backend, pieces, types)
-    if "cls_token" not in config and "bos_token" in config:
-        config["cls_token"] = config["bos_token"]
-    if "sep_token" not in config and "eos_token" in config:
-        config["sep_token"] = config["eos_token"]
-    return backend, {"add_bos": True, "add_eos": True, "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = {
+        "cls_token": config.get("bos_token", "[CLS]"),
+        "sep_token": config.get("eos_token", "[SEP]"),
+        "unk_token": unknown,
+    }
+    return Made(backend=backend, begins=True, ends=True, last="sep_token", names=names)
 
 
 KINDS = {"gpt2": _gpt2, "llama": _llama, "bert": _bert, "t5": _t5}
@@ -185,8 +196,12 @@ def _add(backend: Backend, tokens: Sequence[str], types: bytes) -> None:
     backend.add_tokens(added)
 
 
-def _id(metadata: Mapping[str, Any], tokens: Sequence[str], key: str, default: int) -> int | None:
-    id = int(metadata.get(KEY + key, default))
+def _id(metadata: Mapping[str, Any], tokens: Sequence[str], key: str, default: int = -1) -> int | None:
+    """The id under a key, where it is one of the vocabulary's."""
+    try:
+        id = index(metadata.get(KEY + key, default))
+    except TypeError:
+        _fail(f"{KEY}{key} is no number")
     return id if 0 <= id < len(tokens) else None
 
 

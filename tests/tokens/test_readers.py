@@ -460,6 +460,15 @@ def test_training_is_byte_pair_encoding_by_the_book(monkeypatch: pytest.MonkeyPa
         ({"bpe_simple_vocab_16e6.txt.gz": b"\x1f\x8bxx"}, "not a vocabulary of CLIP"),
         ({"tokenizer__json": "{}"}, r"tokenizer\.json: not a tokenizer"),
         ({"tokenizer__json": "{", "tokenizer_config__json": "[" * 100_000}, r"tokenizer_config\.json: not JSON"),
+        ({"tokenizer_config__json": {"bos_token": 7}}, r"tokenizer_config\.json: bos_token is not the text of a token"),
+        ({"tokenizer_config__json": {"eos_token": "\ud800"}}, "eos_token is not the text of a token"),
+        ({"tokenizer_config__json": {"chat_template": 7}}, "chat_template is not text"),
+        ({"tokenizer_config__json": {"do_lower_case": "yes"}}, "do_lower_case is not true or false"),
+        ({"tokenizer_config__json": {"extra_ids": 10**9}}, "extra_ids is not a number of tokens"),
+        (
+            {"vocab__txt": "[UNK]\n[CLS]\n[SEP]\n", "tokenizer_config__json": {"added_tokens_decoder": {"x": 1}}},
+            r"added_tokens_decoder\.x is not a token under its id",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(files: dict[str, Any], says: str, write: Write) -> None:
