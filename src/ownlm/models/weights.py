@@ -19,8 +19,10 @@ from ownlm.models.families.family import Opened, Tensors
 from ownlm.models.gguf_read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
-from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
+from ownlm.models.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
 
+SHARD_BYTES = 5_000_000_000
+SETTINGS_BYTES = 10_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -114,7 +116,8 @@ def save_model(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors, in `dtype` (None: the model's own).
+    """Write config.json, generation_config.json and safetensors, in shards where they are large, in `dtype` (None: the model's
+    own).
 
     The special ids (of the tokenizer) are for other libraries' generation; ownlm reads them from the tokenizer.
     """
@@ -125,7 +128,11 @@ def save_model(
     ours = dict(model.named_parameters())
     target = dtype or next(iter(ours.values())).dtype
     table = stored_tensors(family.names(model.config), ours)
-    write_tensors(root / SINGLE, [(stored.name, stored.pack(ours).to(target)) for stored in table])
+
+    def pending(stored: Stored) -> Pending:
+        return Pending(target, stored.shape(ours), lambda: stored.pack(ours).to(target))
+
+    write_shards(root, {stored.name: pending(stored) for stored in table}, SHARD_BYTES)
     eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else eos_token_id
     special = {"bos_token_id": bos_token_id, "eos_token_id": eos, "pad_token_id": pad_token_id}
     given = {key: value for key, value in special.items() if value is not None}
@@ -143,6 +150,8 @@ def _names(table: Iterable[Stored]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > SETTINGS_BYTES:
+            raise ArtifactError(f"it has more than {SETTINGS_BYTES} bytes, which no settings need.", where=str(path))
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFound("there is no such file.", where=str(path)) from None
