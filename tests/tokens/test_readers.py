@@ -4,10 +4,8 @@ import base64
 import gzip
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from transformers import (
 from vocabularies import lines, vector, wide_texts
 
 from ownlm.errors import NotFound, UserError
-from ownlm.tokens import train
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.families import RANKED
 from ownlm.tokens.patterns import GPT2, LLAMA3, TEKKEN
@@ -363,70 +360,6 @@ def test_torchtitan_tokenizer_json(write: Write) -> None:
     for line in lines():
         assert one.encode(line) == peer(line, add_special_tokens=False).input_ids
         assert one.decode(one.encode(line)) == peer.decode(one.encode(line))
-
-
-# Training: the published reference of a course (Stanford CS336, assignment 1).
-
-
-Pair = tuple[bytes, bytes]
-
-
-def merge_by_the_book(words: Mapping[bytes, int], choose: Iterable[Callable[[Counter[Pair]], Pair]]) -> list[Pair]:
-    """Byte-pair encoding: `choose` picks each merge from the frequencies of all pairs."""
-    split = {word: [bytes([byte]) for byte in word] for word in words}
-    pairs: Counter[Pair] = Counter()
-
-    def count(word: bytes, sign: int) -> None:
-        for pair in pairwise(split[word]):
-            pairs[pair] += sign * words[word]
-
-    for word in words:
-        count(word, 1)
-    merges = []
-    for pick in choose:
-        best = pick(pairs)
-        merges.append(best)
-        for word, parts in split.items():
-            if best not in pairwise(parts):
-                continue
-            count(word, -1)
-            merged, at = [], 0
-            while at < len(parts):
-                step = 2 if tuple(parts[at : at + 2]) == best else 1
-                merged.append(b"".join(parts[at : at + step]))
-                at += step
-            split[word] = merged
-            count(word, 1)
-    return merges
-
-
-def test_training_is_byte_pair_encoding_by_the_book(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = vector("cs336/corpus.en").read_text()
-    published = [
-        tuple(bytes(BYTE_OF[each] for each in part) for part in line.split(" "))
-        for line in vector("cs336/train-bpe-reference-merges.txt").read_text().splitlines()
-    ]
-    monkeypatch.setattr(train, "QWEN2", GPT2)
-    one = train.build([text], kind="bpe", vocab_size=256 + len(published) + 3)
-    spelled = one.backend.pre_tokenizer.pre_tokenize_str(text)
-    words = Counter(bytes(BYTE_OF[each] for each in word) for word, _ in spelled)
-    # The published rule: the most frequent pair, of equally frequent ones the greater.
-    greatest = [lambda pairs: max(pairs, key=lambda pair: (pairs[pair], pair))] * len(published)
-    assert merge_by_the_book(words, greatest) == published
-    # Ours takes another one of equally frequent pairs first, and never a less frequent one.
-    merges = json.loads(one.backend.to_str())["model"]["merges"]
-    ours = [tuple(bytes(BYTE_OF[each] for each in part) for part in pair) for pair in merges]
-
-    def as_ours(pair: Pair) -> Callable[[Counter[Pair]], Pair]:
-        def pick(pairs: Counter[Pair]) -> Pair:
-            assert pairs[pair] == max(pairs.values())
-            return pair
-
-        return pick
-
-    assert merge_by_the_book(words, map(as_ours, ours)) == ours
-    assert len(ours) == len(published) == 243
-    assert len(set(ours) & set(published)) == 239
 
 
 # Faults.
