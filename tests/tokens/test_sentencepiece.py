@@ -101,7 +101,7 @@ def test_ids_and_text_are_those_of_sentencepiece(name: str, pair: Callable[[str]
 def test_any_text_gives_their_ids_and_no_special_token(name: str, pair: Callable[[str], Pair]) -> None:
     one = pair(name)
 
-    @settings(max_examples=150)
+    @settings(max_examples=100)
     @given(text=wide_texts())
     def check(text: str) -> None:
         assert not one.differ(text)

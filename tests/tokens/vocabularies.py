@@ -71,5 +71,5 @@ def lines() -> list[str]:
     """Some hundred lines of English, German and Japanese names in them, and llama.cpp's test texts."""
     found = [*llama_cpp_texts()]
     for name in ("sentencepiece/botchan.txt", "cs336/corpus.en", "cs336/german.txt", "cs336/address.txt"):
-        found += vector(name).read_text().split("\n")[:400]
+        found += vector(name).read_text().split("\n")[:200]
     return found

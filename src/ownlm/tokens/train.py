@@ -24,6 +24,7 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import UserError
 from ownlm.records import Conversation, Document, read_jsonl
 from ownlm.report import Reporter
+from ownlm.tokens.bpe import learn
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.patterns import QWEN2
 from ownlm.tokens.stream import BYTE_OF
@@ -168,15 +169,13 @@ def _byte_level(model: models.Model) -> Backend:
 
 
 def _bpe(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Backend:
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        initial_alphabet=sorted(BYTE_OF),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return backend
+    # The library counts words on all cores. It has no room for a merge here: which of equally frequent pairs it takes first
+    # depends on how it numbers them.
+    counter = trainers.BpeTrainer(vocab_size=256, initial_alphabet=sorted(BYTE_OF), show_progress=False)
+    _byte_level(models.BPE()).train_from_iterator(texts, counter)
+    words = json.loads(counter.__getstate__())["BpeTrainer"]["words"]
+    vocabulary, merges = learn(words, vocab_size, min_frequency)
+    return _byte_level(models.BPE(vocab=vocabulary, merges=merges))
 
 
 def _unigram(texts: Iterable[str], vocab_size: int, min_frequency: int) -> Backend:
