@@ -4,8 +4,9 @@
 
 The text is wikitext-2's validation file (1.1 MB; its last tenth is held out). Beside each held-out loss stands the unigram
 entropy: the cross-entropy of the same targets under the frequencies of the targets in training, which is what a model knows
-that reads nothing. The probe is universal part of speech on UD English EWT (800 sentences of dev; three quarters to fit, the
-others to score): a linear layer on the frozen outputs of all blocks at the first token of each word, before and after pretraining.
+that reads nothing (of span corruption both leave out the sentinels and the end, which are no news). The probe is universal
+part of speech on UD English EWT (800 sentences of dev; three quarters to fit, the others to score): a linear layer on the
+frozen outputs of all blocks at the first token of each word, before and after pretraining.
 
 The contrastive pairs are words of the same text and drawings of them (Pillow's font, random size and place, noise); its
 probe finds a drawing of one of 200 words that were never trained among the 200, by its spelling. Students of a teacher are
@@ -19,7 +20,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,16 @@ from ownlm.report import Reporter
 from ownlm.tokens.batches import UNTRAINED, Batches, DocumentRows, validation_documents
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.corrupt import MaskedLM, PermutationLM, SpanCorruption, marks
-from ownlm.tokens.examples import Corruption, PairBatch, corrupted, padded, shuffled, validation_corrupted
+from ownlm.tokens.examples import (
+    Corruption,
+    Made,
+    PairBatch,
+    PermutedBatch,
+    Seq2SeqBatch,
+    corrupted,
+    padded,
+    validation_corrupted,
+)
 from ownlm.tokens.shards import Shard, memory_shard
 from ownlm.tokens.train import build
 from ownlm.train.loop import Settings, Work, train, validate
@@ -115,7 +125,6 @@ class Bench:
         frame: str,
         hides: Corruption | None,
         steps: int,
-        learn: Objective | None = None,
     ) -> tuple[nn.Module, Text]:
         """Train and probe one objective; the trained model."""
         text = self.text(frame)
@@ -124,8 +133,9 @@ class Bench:
         accuracy = [self.tagging(model, text.tokenizer)]
         seconds = self.run(model, batches, OBJECTIVES[name], steps)
         accuracy.append(self.tagging(model, text.tokenizer))
-        loss = validate(model, OBJECTIVES[name], everything())
-        floor = unigram_entropy(batches, everything(), text.tokenizer.vocab_size)
+        special_V = torch.from_numpy(marks(text.tokenizer).special_V)
+        loss = validate(model, OBJECTIVES[name], (text_only(batch, special_V) for batch in everything()))
+        floor = unigram_entropy(batches, everything(), special_V)
         self.row(name, model, seconds, loss, floor, f"POS {accuracy[0]:.1%} → {accuracy[1]:.1%}")
         return model, text
 
@@ -186,12 +196,13 @@ def linear_probe(features_ND: Tensor, labels_N: Tensor, fit_N: Tensor) -> float:
 
 
 def hidden_of(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """What every block makes of padded texts, side by side; a decoder needs no mask for that."""
+    """What every block makes of padded texts, each normed as the next block reads it, side by side; a decoder needs no mask for that."""
     blocks = model.encoder if isinstance(model, EncoderDecoder) else model.layers
     outputs: list[Tensor] = []
 
     def keep(block: nn.Module, given: Any, out: Any) -> None:
-        outputs.append(out[0] if isinstance(out, tuple) else out)
+        x = out[0] if isinstance(out, tuple) else out
+        outputs.append(F.layer_norm(x, x.shape[-1:]))
 
     hooks = [block.register_forward_hook(keep) for block in blocks]
     if isinstance(model, Decoder):
@@ -230,19 +241,30 @@ def batches_of(text: Text, hides: Corruption | None, model: Any) -> tuple[Any, C
     )
 
 
-def targets_of(batch: Any) -> Tensor:
-    targets = batch.targets_BK if hasattr(batch, "targets_BK") else batch.targets_BT
-    return targets[targets != UNTRAINED]
+def targets_of(batch: Any, special_V: Tensor) -> Tensor:
+    """The ids of text among the targets: that a sentinel or the end comes is no news."""
+    targets = batch.targets_BK if isinstance(batch, PermutedBatch) else batch.targets_BT
+    targets = targets[targets != UNTRAINED]
+    return targets[~special_V[targets]]
 
 
-def unigram_entropy(batches: Any, held_out: Iterable[Any], vocab_size: int) -> float:
+def text_only(batch: Any, special_V: Tensor) -> Any:
+    """The batch of an encoder-decoder without its special targets; any other as it is."""
+    if not isinstance(batch, Seq2SeqBatch):
+        return batch
+    hidden = special_V[batch.targets_BT.clamp(min=0)]
+    targets = batch.targets_BT.masked_fill(hidden, UNTRAINED)
+    return replace(batch, targets_BT=targets, num_trained=int((targets != UNTRAINED).sum()))
+
+
+def unigram_entropy(batches: Any, held_out: Iterable[Any], special_V: Tensor) -> float:
     """Nats per held-out target under the add-one frequencies of the targets of 150 steps."""
-    counts = torch.ones(vocab_size)
+    counts = torch.ones(len(special_V))
     for step in range(150):
         for batch in batches.step(step):
-            counts += torch.bincount(targets_of(batch), minlength=vocab_size)
+            counts += torch.bincount(targets_of(batch, special_V), minlength=len(special_V))
     cost = -(counts / counts.sum()).log()
-    targets = torch.cat([targets_of(batch) for batch in held_out])
+    targets = torch.cat([targets_of(batch, special_V) for batch in held_out])
     return float(cost[targets].mean())
 
 
@@ -263,7 +285,7 @@ def student_of(
         learn = partial(distillation, teacher=teacher, settings=settings) if taught else OBJECTIVES[name]
         seconds = bench.run(model, batches, learn, steps)
         losses.append(validate(model, OBJECTIVES[name], everything()))
-    floor = unigram_entropy(batches, everything(), text.tokenizer.vocab_size)
+    floor = unigram_entropy(batches, everything(), torch.from_numpy(marks(text.tokenizer).special_V))
     like = "DistilBERT" if hides else "decoder"
     large = validate(teacher, OBJECTIVES[name], everything())
     bench.row(
@@ -314,11 +336,11 @@ def words_and_drawings(bench: Bench, steps: int) -> None:
         pixels[:, :, 16:32] = np.stack([drawn(word, noise) for word in some])
         return PairBatch(tokens_BT=ids(some), pixels_BCHW=torch.from_numpy(pixels), num_trained=len(some))
 
-    epoch = [0]
+    batch = 64
 
-    def collate(indices: np.ndarray) -> PairBatch:  # type: ignore[type-arg]
-        epoch[0] += 1
-        return pair([kept[index] for index in indices], [2, epoch[0]])
+    def make(numbers: np.ndarray) -> PairBatch:  # type: ignore[type-arg]
+        chosen = np.random.default_rng([1, int(numbers[0])]).choice(len(kept), batch, replace=False)
+        return pair([kept[index] for index in chosen], [2, int(numbers[0])])
 
     def retrieval() -> float:
         batch = pair(never, [1])
@@ -329,9 +351,8 @@ def words_and_drawings(bench: Bench, steps: int) -> None:
             )
         return float(((texts @ images.T).argmax(1) == torch.arange(len(never))).float().mean())
 
-    batch = 64
     before = retrieval()
-    seconds = bench.run(model, shuffled(collate, len(kept), rows=batch, seed=1), contrastive, steps)
+    seconds = bench.run(model, Made(make, rows_per_epoch=len(kept), rows=batch), contrastive, steps)
     held_out = [pair(never[first : first + batch], [1, first]) for first in range(0, 192, batch)]
     loss = validate(model, contrastive, held_out)
     chance = float(torch.tensor(float(batch)).log())

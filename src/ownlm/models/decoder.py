@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import Visibility, causal, masked
-from ownlm.models.blocks import Block, SelfAttention, Step, make_norm
+from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
 from ownlm.models.pooling import Pooling
@@ -227,14 +227,15 @@ def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding
     Matrices are normal with std fan_in ** -0.5, so that activations start at unit size at every width (LeCun et al.
     1998, "Efficient BackProp", 4.6). With `zero_output` every branch ends in zero and the network starts as the
     identity (arXiv:1901.09321); without, in std / sqrt(2 L) as in GPT-2. Embeddings are normal with `embedding_std`:
-    1 by default, 0.02 as in GPT-2 when they are the head as well. A head of its own starts at 0.001, near the uniform
-    prediction (both as in nanochat). Norms are one, biases zero. Queries of an attention that doesn't scale its scores
-    start smaller by what it leaves out (as in T5).
+    1 by default, 0.02 as in GPT-2 when they are the head as well and nothing scales the logits down (T5 does). A head of its
+    own starts at 0.001, near the uniform prediction (both as in nanochat). Norms are one, biases zero. Queries of an
+    attention that doesn't scale its scores start smaller by what it leaves out (as in T5).
     """
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     named = dict(model.named_parameters())
-    embedding_std = embedding_std or (1.0 if "lm_head.weight" in named else 0.02)
+    scaled = getattr(config, "logit_scale", 1.0) < 1
+    embedding_std = embedding_std or (1.0 if scaled or "lm_head.weight" in named else 0.02)
     norms = {f"{name}.weight": getattr(module, "offset", 0.0) for name, module in model.named_modules()}
     with torch.no_grad():
         for name, parameter in named.items():
@@ -257,7 +258,7 @@ def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding
                 std = 0.0 if zero_output else std / (2 * config.num_layers) ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         for module in model.modules():
-            if isinstance(module, SelfAttention) and module.spec.scale == 1.0:
+            if isinstance(module, SelfAttention | CrossAttention) and module.spec.scale == 1.0:
                 module.q_proj.weight.mul_(module.spec.head_dim**-0.5)
     return model
 
