@@ -201,7 +201,7 @@ def pretrain(
 
     `sample(model, tokenizer)` says something with the model as it is; it is shown now and then.
     """
-    source = workspace.open(recipe.tokenizer)
+    source = workspace.open(recipe.tokenizer, ("tokenizer", "checkpoint"))
     tokens = tokenize(
         TokensRecipe(name=f"{recipe.name}-tokens", documents=recipe.documents, tokenizer=recipe.tokenizer),
         workspace,
