@@ -70,6 +70,14 @@ class Keys:
             self.fail(f"{self.architecture}.{key} must be a whole number from 1, got {value!r:.60}.")
         return value
 
+    def layers(self) -> int:
+        """How many there are: as many as the file says and holds, so that a claim costs no more than its tensors."""
+        claimed = self.count("block_count")
+        held = {name.split(".")[1] for name in self.file.tensors if name.startswith("blk.")}
+        if claimed != len(held):
+            self.fail(f"{self.architecture}.block_count is {claimed}, but there are tensors of {len(held)} layers.")
+        return claimed
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.value(key)
         value = default if value is None else value
@@ -82,7 +90,7 @@ class Keys:
         value = self.file.metadata.get(f"{self.architecture}.{key}")
         if not isinstance(value, np.ndarray):
             return None
-        if value.dtype.kind not in "bui" or len(value) != self.count("block_count"):
+        if value.dtype.kind not in "bui" or len(value) != self.layers():
             self.fail(f"{self.architecture}.{key} must say yes or no for each layer.")
         return [bool(flag) for flag in value]
 
@@ -115,7 +123,7 @@ def decoder(keys: Keys, model_type: str, **others: Any) -> dict[str, Any]:
         "model_type": model_type,
         "vocab_size": keys.rows("token_embd.weight"),
         "hidden_size": hidden_size,
-        "num_hidden_layers": keys.count("block_count"),
+        "num_hidden_layers": keys.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -194,7 +202,7 @@ def read_gpt2(keys: Keys) -> dict[str, Any]:
         "model_type": "gpt2",
         "vocab_size": keys.rows("token_embd.weight"),
         "n_embd": keys.count("embedding_length"),
-        "n_layer": keys.count("block_count"),
+        "n_layer": keys.layers(),
         "n_head": keys.count("attention.head_count"),
         "n_inner": keys.count("feed_forward_length"),
         "n_positions": keys.count("context_length"),
@@ -256,7 +264,7 @@ def read_gemma3(keys: Keys) -> dict[str, Any]:
 def _query_scalar(keys: Keys, largest: int) -> float:
     """Scores are divided by the root of this: the head's width, but in the largest model, known by its layers."""
     hidden_size, heads = keys.count("embedding_length"), keys.count("attention.head_count")
-    wide = keys.count("block_count") == largest
+    wide = keys.layers() == largest
     return hidden_size // heads if wide else keys.count("attention.key_length", max(1, hidden_size // heads))
 
 
@@ -267,7 +275,7 @@ def windows(keys: Keys, every: int, default: int | None = None) -> dict[str, Any
     local = keys.flags("attention.sliding_window_pattern")
     if local is None:
         every = keys.count("attention.sliding_window_pattern", every)
-        local = [bool((layer + 1) % every) for layer in range(keys.count("block_count"))]
+        local = [bool((layer + 1) % every) for layer in range(keys.layers())]
     kinds = ["sliding_attention" if flag and window else "full_attention" for flag in local]
     return {"sliding_window": window or 4096, "layer_types": kinds}
 
