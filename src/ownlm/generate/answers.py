@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ownlm.errors import UserError
-from ownlm.generate.engine import Event
+from ownlm.generate.sequence import Event
 from ownlm.generate.sampling import Sampling
 from ownlm.records import Completion, FinishReason
 

@@ -264,6 +264,11 @@ def default_kind(model: Decoder) -> Kind:
     return "bf16" if model.head_weight.dtype == torch.bfloat16 else "f32"
 
 
+def packed_bytes(model: Decoder) -> int:
+    """About what the packed weights of a model take: as much as they take now, embeddings that are also the head once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def _model_spec(config: DecoderConfig, rotaries: int, padded_head: int, bf16: bool) -> lib.ModelSpec:
     kv_heads, _ = config.kv_shape
     scale = float(torch.tensor(config.embed_scale, dtype=torch.bfloat16)) if bf16 else config.embed_scale

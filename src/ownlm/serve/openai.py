@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownlm.generate.engine import Event
+from ownlm.generate.sequence import Event
 from ownlm.generate.sampling import Token
 from ownlm.serve.guard import error_body
 from ownlm.serve.service import EventStream, Exchange, Service, Visible, read_body, token_text, unless_gone

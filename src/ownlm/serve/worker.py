@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
-from ownlm.generate.engine import Engine, Event
+from ownlm.generate.engine import Engine
+from ownlm.generate.sequence import Event
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
 
