@@ -1,17 +1,16 @@
 """The native step against the PyTorch modules it was packed from, for every decoder there is a reference of."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from references import CONFIGS, difference, make_loud
 from torch import Tensor
 
 from ownlm.kernels import library
 from ownlm.kernels.native import PAGE, Batch, Kind, NativeDecoder, unsupported
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from references import CONFIGS, difference, make_loud
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 LENGTH = 160
@@ -26,7 +25,9 @@ def decoder(name: str) -> Decoder:
     return model.eval()
 
 
-def batch(tokens: Tensor, positions: range, sequence: int, pages_SP: np.ndarray, *, wanted: str = "all", long: bool = False) -> Batch:
+def batch(
+    tokens: Tensor, positions: range, sequence: int, pages_SP: np.ndarray, *, wanted: str = "all", long: bool = False
+) -> Batch:
     count = len(positions)
     return Batch(
         token_R=tokens[positions.start : positions.stop].numpy().astype(np.int32),

@@ -303,14 +303,13 @@ def test_too_many_requests_are_told_to_come_back(
 
 
 def test_a_broken_step_ends_its_requests_and_not_the_server(
-    address: str, client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
+    address: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = model.decoder.logits
-    monkeypatch.setattr(model.decoder, "logits", lambda hidden: 1 / 0)
-    with pytest.raises(openai.InternalServerError, match="engine failed"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES)
-    with pytest.raises(openai.APIError, match="engine failed"):
-        list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
-    monkeypatch.setattr(model.decoder, "logits", logits)
+    with monkeypatch.context() as patch:
+        patch.setattr("ownlm.generate.engine.sample", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="engine failed"):
+            client.chat.completions.create(model="tiny", messages=MESSAGES)
+        with pytest.raises(openai.APIError, match="engine failed"):
+            list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
     assert http.get(f"{address}/health").status_code == 200

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from ownlm.errors import UserError
-from ownlm.generate.sequence import Event
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Event
 from ownlm.records import Completion, FinishReason
 
 

@@ -151,10 +151,10 @@ class Engine:
         for sequence in sorted((each for each in self.running if not each.writing), key=lambda each: each.rank):
             budget -= self._add_row(rows, sequence, budget)
         while budget > 0 and len(self.running) < self.slots:
-            sequence = self._next_waiting()
-            if sequence is None or not self._admit(sequence):
+            following = self._next_waiting()
+            if following is None or not self._admit(following):
                 break
-            budget -= self._add_row(rows, sequence, budget)
+            budget -= self._add_row(rows, following, budget)
         # A sequence that lost its pages to an earlier one has no row.
         return [row for row in rows if row.sequence in self.running]
 
@@ -272,7 +272,9 @@ class Engine:
         """Offer the pages that are full by now to those who begin alike."""
         full = sequence.cached // self.pool.size
         if full > len(sequence.keys) and sequence.embeds_TD is None:
-            sequence.keys = page_keys(sequence.known[: full * self.pool.size], self.pool.size, self._salt(sequence), sequence.keys)
+            sequence.keys = page_keys(
+                sequence.known[: full * self.pool.size], self.pool.size, self._salt(sequence), sequence.keys
+            )
             for page, key in zip(sequence.pages, sequence.keys, strict=False):
                 self.pool.publish(page, key)
 

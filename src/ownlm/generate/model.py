@@ -28,11 +28,11 @@ from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
 from ownlm.generate.engine import Engine
-from ownlm.generate.sequence import Event
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
+from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.kernels import native

@@ -84,5 +84,7 @@ def page_keys(tokens: Sequence[int], size: int, salt: bytes, known: Sequence[byt
     keys = list(known)
     for start in range(len(keys) * size, len(tokens) - size + 1, size):
         before = keys[-1] if keys else salt
-        keys.append(hashlib.blake2b(before + array("q", tokens[start : start + size]).tobytes(), digest_size=16).digest())
+        keys.append(
+            hashlib.blake2b(before + array("q", tokens[start : start + size]).tobytes(), digest_size=16).digest()
+        )
     return keys

@@ -46,17 +46,16 @@ class TorchRunner:
         self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=weight.dtype, device=weight.device)
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
-        logits: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for chosen in self._batches(rows):
             hidden_BTD = self._forward([rows[index] for index in chosen])
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
-                count, wanted = len(rows[index].tokens), rows[index].wanted
-                logits[index] = hidden_TD[count - wanted : count]
+                count = len(rows[index].tokens)
+                states[index] = hidden_TD[count - rows[index].wanted : count]
         # One product for all that is wanted.
-        wanted = torch.cat([logits[index] for index in range(len(rows))])
-        if not len(wanted):
-            return [wanted] * len(rows)
-        return list(self.model.logits(wanted).float().split([row.wanted for row in rows]))
+        hidden_WD = torch.cat([states[index] for index in range(len(rows))])
+        logits_WV = self.model.logits(hidden_WD).float()
+        return list(torch.split(logits_WV, [row.wanted for row in rows]))
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
@@ -64,7 +63,9 @@ class TorchRunner:
         while order:
             widest = len(rows[order[-1]].tokens)
             least = 1 if widest == 1 else 2  # those who write apart from those who read
-            fits = [index for index in order[-max(1, self.prefill_tokens // widest) :] if len(rows[index].tokens) >= least]
+            fits = [
+                index for index in order[-max(1, self.prefill_tokens // widest) :] if len(rows[index].tokens) >= least
+            ]
             order = order[: len(order) - len(fits)]
             yield sorted(fits, key=lambda index: rows[index].sequence.pages)
 
@@ -120,7 +121,7 @@ class NativeRunner:
         )
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None
-        return list(logits_WV.split([row.wanted for row in rows]))
+        return list(torch.split(logits_WV, [row.wanted for row in rows]))
 
     def _is_long(self, row: Row) -> bool:
         return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)

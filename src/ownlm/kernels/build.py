@@ -31,7 +31,10 @@ def is_x86() -> bool:
 
 def compiler() -> str | None:
     """The C++ compiler's path: `$CXX`, g++, clang++ or c++."""
-    return next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))),
+        None,
+    )
 
 
 def file_name() -> str:
@@ -63,7 +66,12 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
             objects = list(pool.map(compile_unit, units))
         partial = out.with_name(f"{out.name}.{os.getpid()}")
         try:
-            subprocess.run([gxx, "-shared", *extra, "-o", str(partial), *objects, "-lpthread"], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [gxx, "-shared", *extra, "-o", str(partial), *objects, "-lpthread"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)

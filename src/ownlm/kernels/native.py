@@ -36,7 +36,14 @@ LANES = 16  # heads are padded to a multiple of it
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 NORMS = ("before", "after", "around")
 RESIDUALS = ("sequential", "parallel", "shared")
-VECTORS = {"input_layernorm": 0, "attention_norm": 1, "post_attention_layernorm": 2, "mlp_norm": 3, "q_norm": 4, "k_norm": 5}
+VECTORS = {
+    "input_layernorm": 0,
+    "attention_norm": 1,
+    "post_attention_layernorm": 2,
+    "mlp_norm": 3,
+    "q_norm": 4,
+    "k_norm": 5,
+}
 SINKS, FINAL_NORM, POSITIONS = 6, 7, 8
 QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD = range(7)
 
@@ -71,7 +78,14 @@ class Batch:
 class NativeDecoder:
     """The packed weights of a decoder, whose modules are not needed afterwards. For one step at a time."""
 
-    def __init__(self, model: Decoder, kind: Kind | None = None, *, max_tokens: int | None = None, instruction_set: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kind: Kind | None = None,
+        *,
+        max_tokens: int | None = None,
+        instruction_set: str | None = None,
+    ) -> None:
         """`kind`: of the weights; by default bf16 for a model in it, else float32. Raises UserError without memory."""
         found = lib.library()
         assert found is not None, "ask `unsupported` first"
@@ -113,7 +127,9 @@ class NativeDecoder:
         kv_heads, _ = self.config.kv_shape
         return 2 * self.config.num_layers * kv_heads * self.padded_head * PAGE * (4 if self.kind == "f32" else 2)
 
-    def step(self, cache: "PagedCache", batch: Batch, *, logits: bool = True, hidden: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    def step(
+        self, cache: "PagedCache", batch: Batch, *, logits: bool = True, hidden: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(logits_WV, hidden_WD) of the wanted rows, float32; each only where asked for. Keys and values go into the cache."""
         wanted = int(batch.wanted_R.sum())
         logits_WV = torch.empty(wanted, self.padded_vocab) if logits else None
@@ -180,12 +196,19 @@ class NativeDecoder:
         if attention.sinks is not None:
             self._vector(index, SINKS, attention.sinks)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads = [self._by_head(layer.weight) for layer in projections]
-        self._matrix(index, QKV, heads, bias=[self._by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None)
+        heads = [self._by_head(projection.weight) for projection in projections]
+        self._matrix(
+            index,
+            QKV,
+            heads,
+            bias=[self._by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
+        )
         self._matrix(index, OUT, [self._by_head(attention.o_proj.weight.T).T], bias=_biases(attention.o_proj))
         if isinstance(mlp, MLP):
             up = [layer for layer in (mlp.gate_proj, mlp.up_proj) if layer is not None]
-            self._matrix(index, UP, [layer.weight for layer in up], bias=[layer.bias for layer in up] if f.bias else None)
+            self._matrix(
+                index, UP, [layer.weight for layer in up], bias=[layer.bias for layer in up] if f.bias else None
+            )
             self._matrix(index, DOWN, [mlp.down_proj.weight], bias=_biases(mlp.down_proj))
         else:
             assert isinstance(mlp, MoE)
@@ -206,10 +229,19 @@ class NativeDecoder:
         """Each head's outputs, padded with zeros to whole lanes."""
         if self.padded_head == self.head_dim:
             return weight_OI
-        by_head = weight_OI.unflatten(0, (-1, self.head_dim))
+        by_head = weight_OI.reshape(-1, self.head_dim, weight_OI.shape[1])
         return F.pad(by_head, (0, 0, 0, self.padded_head - self.head_dim)).flatten(0, 1)
 
-    def _matrix(self, layer: int, slot: int, parts: Sequence[Tensor], *, expert: int = 0, bias: Sequence[Tensor] | None = None, kind: Kind | None = None) -> None:
+    def _matrix(
+        self,
+        layer: int,
+        slot: int,
+        parts: Sequence[Tensor],
+        *,
+        expert: int = 0,
+        bias: Sequence[Tensor] | None = None,
+        kind: Kind | None = None,
+    ) -> None:
         rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
         whole = None if bias is None else torch.cat([part.float() for part in bias]).contiguous()
         address = None if whole is None else whole.data_ptr()
@@ -227,7 +259,9 @@ class NativeDecoder:
         weight = norm.weight + norm.offset if isinstance(norm, RMSNorm) else norm.weight
         self._vector(layer, slot, weight, getattr(norm, "bias", None), norm.eps, isinstance(norm, nn.LayerNorm))
 
-    def _vector(self, layer: int, slot: int, values: Tensor, bias: Tensor | None = None, eps: float = 0.0, centred: bool = False) -> None:
+    def _vector(
+        self, layer: int, slot: int, values: Tensor, bias: Tensor | None = None, eps: float = 0.0, centred: bool = False
+    ) -> None:
         values = values.detach().float().contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
         address = None if bias is None else bias.data_ptr()
@@ -238,7 +272,9 @@ class NativeDecoder:
         positions = torch.arange(self.max_tokens)
 
         def turns(long: bool) -> list[Tensor]:
-            cos, sin = rotation(frequencies(rotary, self.head_dim, long=long), positions, torch.float32, attention_factor(rotary))
+            cos, sin = rotation(
+                frequencies(rotary, self.head_dim, long=long), positions, torch.float32, attention_factor(rotary)
+            )
             return [cos[:, 0, :half].contiguous(), sin[:, 0, half:].contiguous()]
 
         tables = turns(False) + (turns(True) if isinstance(rotary.scaling, LongRope) else [])
@@ -273,7 +309,15 @@ def _model_spec(config: DecoderConfig, rotaries: int, padded_head: int, bf16: bo
     kv_heads, _ = config.kv_shape
     scale = float(torch.tensor(config.embed_scale, dtype=torch.bfloat16)) if bf16 else config.embed_scale
     return lib.ModelSpec(
-        config.hidden_size, config.num_layers, padded_head, rotaries, kv_heads, bf16, scale, config.logit_scale, config.logit_softcap or 0.0
+        config.hidden_size,
+        config.num_layers,
+        padded_head,
+        rotaries,
+        kv_heads,
+        bf16,
+        scale,
+        config.logit_scale,
+        config.logit_softcap or 0.0,
     )
 
 
@@ -282,4 +326,7 @@ def _biases(linear: nn.Linear) -> list[Tensor] | None:
 
 
 def _no_memory() -> UserError:
-    return UserError("there is not enough memory for the model's packed weights or its cache.", cure="Use a smaller context or fewer slots.")
+    return UserError(
+        "there is not enough memory for the model's packed weights or its cache.",
+        cure="Use a smaller context or fewer slots.",
+    )

@@ -12,8 +12,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownlm.generate.sequence import Event
 from ownlm.generate.sampling import Token
+from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
 from ownlm.serve.service import EventStream, Exchange, Service, Visible, read_body, token_text, unless_gone
 from ownlm.serve.wire import BadRequest, ChatRequest, CompletionRequest, EmbeddingRequest, parse

@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.sequence import Event
 from ownlm.generate.model import Model, Prompt
 from ownlm.generate.sampling import Sampling, Token
+from ownlm.generate.sequence import Event
 from ownlm.serve.guard import BodyTooLarge, error_body
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Metrics

@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
 from ownlm.generate.engine import Engine
-from ownlm.generate.sequence import Event
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Event
 
 T = TypeVar("T")
 Batch: TypeAlias = list[tuple[int, Event]]
