@@ -1,6 +1,5 @@
 """The native step against the PyTorch modules it was packed from, for every decoder there is a reference of."""
 
-
 import numpy as np
 import pytest
 import torch

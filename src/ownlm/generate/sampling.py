@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.kernels import choose
 
 MAX_TOP_LOGPROBS = 20
 
@@ -66,6 +67,11 @@ class Sampling:
         if faults:
             raise UserError(" ".join(faults), where="sampling")
 
+    @property
+    def shapes(self) -> bool:
+        """True where the distribution is more than tempered."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+
     def generator(self, index: int) -> torch.Generator:
         """The random numbers of answer `index` of `n`: a function of the seed and the index only."""
         generator = torch.Generator()
@@ -91,12 +97,18 @@ class Token:
 
 def sample(logits_BV: Tensor, requests: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[Token]:
     """The next token of each row. `logits_BV` are float32, the model's own; row b is drawn by `generators[b]`."""
+    uniform = [
+        float(torch.rand(1, generator=generator, dtype=torch.float64)) if request.temperature > 0 else 0.0
+        for request, generator in zip(requests, generators, strict=True)
+    ]
+    if choose.able(logits_BV) and not any(request.shapes or request.logprobs for request in requests):
+        chosen = choose.choose(logits_BV, [request.temperature for request in requests], uniform)
+        return [Token(*pair) for pair in zip(*chosen, strict=True)]
     ids_B = logits_BV.argmax(-1)
     rows = [row for row, request in enumerate(requests) if request.temperature > 0]
     if rows:
-        uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows])
-        chosen = [requests[row] for row in rows]
-        ids_B[rows] = draw(probabilities(logits_BV[rows], chosen), uniform.to(logits_BV.device))
+        p_BV = probabilities(logits_BV[rows], [requests[row] for row in rows])
+        ids_B[rows] = draw(p_BV, torch.tensor([uniform[row] for row in rows], dtype=torch.float64, device=p_BV.device))
     return report(logits_BV, ids_B, [request.logprobs for request in requests])
 
 

@@ -58,6 +58,7 @@ FUNCTIONS = {
     "ownlm_cache_new": (POINTER, (POINTER, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
+    "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
 }
 
 

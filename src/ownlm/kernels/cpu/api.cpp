@@ -182,5 +182,20 @@ int ownlm_step(void* handle, void* cache, const Rows* rows) try {
     return 1;
 }
 
+// A token for each of `rows` rows of n logits that stand `stride` floats apart, on the threads of the team.
+void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int64_t stride, const float* logits, const float* temperature,
+                  const double* uniform, int32_t* ids, float* logprobs) {
+    const Kernels* kernels = supported().back();
+    for (auto* each : supported())
+        if (!std::strcmp(each->name, instruction_set)) kernels = each;
+    Team& all = team(threads);
+    std::lock_guard lock(all.busy);
+    const auto choose = [&](int from, int to) {
+        for (int r = from; r < to; r++) kernels->choose(logits + r * stride, n, temperature[r], uniform[r], ids + r, logprobs + r);
+    };
+    if (rows == 1) return choose(0, 1);
+    all.pool.run([&](int id) { Member(all.pool, id).split(rows, choose); });
+}
+
 }  // extern "C"
 #pragma GCC visibility pop

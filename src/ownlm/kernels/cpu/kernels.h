@@ -65,6 +65,9 @@ struct Kernels {
     void (*attend)(const Heads& heads, const Pages& pages, int kv_head, const Query& query, Scratch& scratch);
     // The K inputs of output n, as floats (an embedding).
     void (*read_row)(const Matrix& w, int n, float* out);
+    // A token of n logits: the largest where temperature is 0, else the one at which the running sum of exp(x / temperature)
+    // passes uniform * total. With its log-probability at temperature 1.
+    void (*choose)(const float* x, int n, float temperature, double uniform, int32_t* id, float* logprob);
     void (*softcap)(float* x, size_t n, float scale, float cap);
 };
 
