@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ownlm.formats.ggml import Blocks
+from ownlm.formats.tensorfile import Entry
 from ownlm.models.families.fields import Fields
-from ownlm.models.ggml import Blocks
 from ownlm.models.names import Table
 from ownlm.models.pooling import Pooling
-from ownlm.models.tensorfile import Entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
