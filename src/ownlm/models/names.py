@@ -35,7 +35,7 @@ class To:
     count: int = 1
 
 
-Table = Mapping[str | tuple[str, ...], str | To]
+Table = dict[str | tuple[str, ...], str | To]
 
 
 @dataclass(frozen=True, slots=True)
