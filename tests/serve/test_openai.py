@@ -234,8 +234,12 @@ def test_errors_come_in_openai_s_shape(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="frequency_penalty is not supported"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, frequency_penalty=0.5)
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, frequency_penalty=2.5)
     with pytest.raises(openai.BadRequestError, match="Did you mean temperature"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"temprature": 1})
     with pytest.raises(openai.BadRequestError, match="999 is not a token"):
@@ -243,7 +247,7 @@ def test_errors_come_in_openai_s_shape(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as roles:
         client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
     assert roles.value.param == "messages"
-    harmless: Any = {"user": "me", "store": False, "metadata": {"a": "b"}, "frequency_penalty": 0}
+    harmless: Any = {"user": "me", "store": False, "metadata": {"a": "b"}, "tools": []}
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1, **harmless).choices
 
 

@@ -49,7 +49,7 @@ def test_each_fault_names_its_field() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"logit_bias": {"one": 2}}, "logit_bias"),
         ({"model": None}, "model"),
         ({"unheard_of": None}, "unheard_of"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),

@@ -114,6 +114,9 @@ class Engine:
         wrong = next((id for id in prompt if not 0 <= id < vocab_size), None)
         if wrong is not None:
             raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="prompt")
+        wrong = next((id for id, _ in sampling.logit_bias if not 0 <= id < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="logit_bias")
 
     def cancel(self, request: int) -> None:
         """Drop all answers of a request; their pages are free at once. Unknown and finished requests are no error."""
@@ -265,6 +268,7 @@ class Engine:
             torch.stack([logits_V for _, logits_V in ready]),
             [sequence.sampling for sequence, _ in ready],
             [sequence.generator for sequence, _ in ready],
+            [(sequence.known, sequence.prompt_tokens) for sequence, _ in ready],
         )
         return [self._advance(sequence, token) for (sequence, _), token in zip(ready, tokens, strict=True)]
 

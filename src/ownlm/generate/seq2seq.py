@@ -228,6 +228,7 @@ def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
             model.logits(hidden_B1D[:, -1]),
             [answer.sampling for answer in answers],
             [answer.generator for answer in answers],
+            [(answer.known, answer.prompt_tokens) for answer in answers],
         )
         events = [answer.push(token) for answer, token in zip(answers, tokens, strict=True)]
         yield from events

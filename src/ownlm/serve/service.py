@@ -93,7 +93,7 @@ class Exchange:
             raise BadRequest(f"This request asks for {answers} answers; at most {service.max_answers} may be open.")
         if service.open_answers + answers > service.max_answers:
             raise BadRequest("Too many requests are waiting. Try again soon.", status=429, code="queue_full")
-        self.ticket = service.worker.submit(prompts, sampling)
+        self.ticket = service.worker.submit(prompts, sampling, tenant=self.key_id or "")
         service.open_answers += answers
         self.sampling = sampling
         self.prompt_tokens = sum(map(len, prompts))

@@ -22,11 +22,6 @@ MAX_STOPS = 16
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 # Features this server doesn't have, each with the values that don't ask for it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "tools": ([],),
@@ -47,6 +42,8 @@ Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -86,17 +83,33 @@ class StreamOptions(Wire):
     include_obfuscation: Literal[False] = False
 
 
-class Generation(Wire):
+class Choosing(Wire):
+    """How tokens are chosen, in the names all these APIs share."""
+
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    typical_p: Share = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[Annotated[int, Field(ge=0)], Bias], Field(max_length=1024)] = Field(default_factory=dict)
+    seed: Seed | None = None
+
+    def choice(self) -> dict[str, Any]:
+        """These fields, as `Sampling` has them."""
+        given = {name: getattr(self, name) for name in Choosing.model_fields}
+        return {**given, "logit_bias": tuple(self.logit_bias.items())}
+
+
+class Generation(Choosing):
     """What chat and completion requests share."""
 
     labels = LABELS
     neutral = NEUTRAL
 
     model: Text
-    temperature: Temperature = 1.0
-    top_p: Share = 1.0
-    top_k: Count | None = None
-    seed: Seed | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
     stream: Flag = False
@@ -111,10 +124,7 @@ class Generation(Wire):
     def settings(self, **more: Any) -> Sampling:
         """The sampler's settings."""
         return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
+            **self.choice(),
             n=self.n,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             **more,
@@ -194,7 +204,7 @@ class EmbeddingRequest(Wire):
         return each(self.input)
 
 
-class PredictionInput(Wire):
+class PredictionInput(Choosing):
     """The `input` of a Replicate prediction, with the names that language models have there.
 
     The prompt is asked as a user's message. With `prompt_template`, the text it makes of {prompt} and {system_prompt} is
@@ -206,10 +216,6 @@ class PredictionInput(Wire):
     prompt_template: Text | None = None
     max_tokens: Count | None = None
     max_new_tokens: Count | None = None
-    temperature: Temperature = 1.0
-    top_p: Share = 1.0
-    top_k: Count | None = None
-    seed: Seed | None = None
     stop_sequences: Text | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = ""
 
     @model_validator(mode="after")
@@ -233,10 +239,7 @@ class PredictionInput(Wire):
             stops = [stop for stop in stops.split(",") if stop]
         return Sampling(
             max_tokens=self.max_tokens or self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
+            **self.choice(),
             stop=tuple(stops),
         )
 

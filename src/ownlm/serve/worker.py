@@ -73,15 +73,15 @@ class Worker:
     def alive(self) -> bool:
         return self.thread.is_alive()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Ticket:
-        """Queue the prompts. Raises ContextTooLong or UserError at once, in the caller's thread."""
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tenant: str = "") -> Ticket:
+        """Queue the prompts of a tenant. Raises ContextTooLong or UserError at once, in the caller's thread."""
         for prompt in prompts:
             self.engine.check(prompt, sampling)
         ticket = Ticket(prompts, sampling)
 
         def begin() -> None:
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(prompt, sampling)
+                request = self.engine.add(prompt, sampling, tenant=tenant)
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 
