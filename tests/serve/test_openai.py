@@ -317,3 +317,23 @@ def test_a_broken_step_ends_its_requests_and_not_the_server(
             list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
     assert http.get(f"{address}/health").status_code == 200
+
+
+def test_answers_of_a_given_form(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        seed=1,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+    )
+    assert answer.choices[0].finish_reason == "length" or json.loads(answer.choices[0].message.content or "")["a"] in (
+        1,
+        2,
+    )
+    found = client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "(ab){2}c"})
+    assert found.choices[0].text == "ababc"
+    with pytest.raises(openai.BadRequestError, match="regex"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "((("})
+    with pytest.raises(openai.BadRequestError, match="one form"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "a", "guided_grammar": "b"})

@@ -48,7 +48,7 @@ def test_each_fault_names_its_field() -> None:
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"logit_bias": {"one": 2}}, "logit_bias"),
         ({"model": None}, "model"),
         ({"unheard_of": None}, "unheard_of"),

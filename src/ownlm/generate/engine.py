@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, TorchRunner
 from ownlm.generate.sampling import Sampling, Token, report, sample
@@ -61,6 +62,7 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.pace = Pace()
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
 
@@ -73,7 +75,8 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
     ) -> int:
-        """The id of a new request. Raises ContextTooLong or UserError, before anything runs.
+        """The id of a new request. Raises ContextTooLong or UserError, before anything runs. A form is built here, where
+        `grammars` doesn't have it yet.
 
         embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
         tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
@@ -95,6 +98,7 @@ class Engine:
                 generator=sampling.generator(index),
                 decode=self.tokenizer.decode_stream(),
                 stop_text=StopText(sampling.stop),
+                matcher=None if sampling.form is None else self.grammars.matcher(sampling.form),
                 embeds_TD=embeds_TD,
                 tenant=tenant,
                 priority=priority,
@@ -264,13 +268,34 @@ class Engine:
             self._publish(sequence)
         if not ready:
             return []
+        events, allowed = self._allowed([sequence for sequence, _ in ready])
+        ready = [(sequence, logits_V) for sequence, logits_V in ready if sequence in allowed]
+        if not ready:
+            return events
         tokens = sample(
             torch.stack([logits_V for _, logits_V in ready]),
             [sequence.sampling for sequence, _ in ready],
             [sequence.generator for sequence, _ in ready],
             [(sequence.known, sequence.prompt_tokens) for sequence, _ in ready],
+            [allowed[sequence] for sequence, _ in ready],
         )
-        return [self._advance(sequence, token) for (sequence, _), token in zip(ready, tokens, strict=True)]
+        return events + [self._advance(sequence, token) for (sequence, _), token in zip(ready, tokens, strict=True)]
+
+    def _allowed(self, sequences: SequenceOf[Sequence]) -> tuple[list[Event], dict[Sequence, Tensor | None]]:
+        """What each may choose from; and the ends of those whose form has become too complex to go on."""
+        events: list[Event] = []
+        allowed: dict[Sequence, Tensor | None] = {}
+        for sequence in sequences:
+            try:
+                allowed[sequence] = None if sequence.matcher is None else sequence.matcher.allowed()
+            except UserError:
+                events.append(self._cut_short(sequence))
+        return events, allowed
+
+    def _cut_short(self, sequence: Sequence) -> Event:
+        text = sequence.stop_text.push(sequence.decode.finish()) + sequence.stop_text.flush()
+        self._release(sequence)
+        return Event(sequence.request, sequence.index, None, sequence.characters, text, "length")
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the pages that are full by now to those who begin alike."""

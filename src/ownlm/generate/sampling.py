@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.generate.grammar import Form
 from ownlm.kernels import choose
 
 MAX_TOP_LOGPROBS = 20
@@ -46,6 +47,7 @@ class Sampling:
     logprobs     how many alternatives to report per token (0 reports the sampled token's log-probability only)
     echo         also report the log-probabilities of the prompt's tokens
     n            how many answers to the same prompt
+    form         the answer is of this form: JSON of a schema, a regular expression, a grammar
     """
 
     max_tokens: int | None = None
@@ -64,6 +66,7 @@ class Sampling:
     logprobs: int = 0
     echo: bool = False
     n: int = 1
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         least = 0 if self.echo else 1
@@ -129,10 +132,12 @@ def sample(
     requests: Sequence[Sampling],
     generators: Sequence[torch.Generator],
     texts: Sequence[tuple[Sequence[int], int]] = (),
+    allowed: Sequence[Tensor | None] = (),
 ) -> list[Token]:
     """The next token of each row. `logits_BV` are float32, the model's own; row b is drawn by `generators[b]`.
 
     texts: for each row the tokens so far and how many of them are the prompt's; only penalties read them.
+    allowed: for each row the tokens that may be chosen, (V,) bool, or None for all.
     """
     uniform = [
         float(torch.rand(1, generator=generator, dtype=torch.float64)) if request.temperature > 0 else 0.0
@@ -140,7 +145,12 @@ def sample(
     ]
     native = choose.able(logits_BV)
     # How a row is chosen depends on nothing but the row.
-    plain = [row for row, each in enumerate(requests) if native and not (each.shapes or each.adjusts or each.logprobs)]
+    masks = list(allowed) or [None] * len(requests)
+    plain = [
+        row
+        for row, each in enumerate(requests)
+        if native and masks[row] is None and not (each.shapes or each.adjusts or each.logprobs)
+    ]
     tokens: dict[int, Token] = {}
     if plain:
         whole = len(plain) == len(requests)
@@ -157,6 +167,7 @@ def sample(
             [requests[row] for row in others],
             [uniform[row] for row in others],
             [texts[row] for row in others] if texts else [],
+            [masks[row] for row in others],
         )
         tokens.update(zip(others, chosen, strict=True))
     return [tokens[row] for row in range(len(requests))]
@@ -167,8 +178,14 @@ def _sample_shaped(
     requests: Sequence[Sampling],
     uniform: Sequence[float],
     texts: Sequence[tuple[Sequence[int], int]],
+    masks: Sequence[Tensor | None],
 ) -> list[Token]:
     changed_BV = adjust(logits_BV, requests, texts)
+    if any(mask is not None for mask in masks):
+        changed_BV = changed_BV.clone()
+        for row, mask in enumerate(masks):
+            if mask is not None:
+                changed_BV[row, ~mask.to(changed_BV.device)] = -torch.inf
     ids_B = changed_BV.argmax(-1)
     rows = [row for row, request in enumerate(requests) if request.temperature > 0]
     if rows:

@@ -163,6 +163,8 @@ class Seq2Seq:
         return write(self.model, answers)
 
     def _limits(self, sampling: Sampling) -> tuple[int, frozenset[int]]:
+        if sampling.form is not None:
+            raise UserError("encoder-decoders write no answers of a given form.", where="form")
         stops = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         return sampling.max_tokens or self.model.config.max_tokens, stops
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
 from ownlm.records import FinishReason
@@ -48,6 +49,7 @@ class Sequence:
     generator: torch.Generator
     decode: DecodeStream
     stop_text: StopText
+    matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
     tenant: str = ""
     priority: int = 0
@@ -80,7 +82,8 @@ class Sequence:
         """What the next token of the answer does to it: the text it shows, and whether it is the last."""
         self.known.append(token.id)
         start, ended = self.characters, token.id in self.stop_ids
-        full = self.new_tokens == self.limit
+        complete = not ended and self.matcher is not None and self.matcher.accept(token.id)
+        full = complete or self.new_tokens == self.limit
         piece = "" if ended else self.decode.push(token.id)
         if ended or full:
             piece += self.decode.finish()
@@ -91,7 +94,7 @@ class Sequence:
             finish = "stop"
         elif ended or full:
             text += self.stop_text.flush()
-            finish = "stop" if ended else "length"
+            finish = "stop" if ended or complete else "length"
         return Event(self.request, self.index, token, start, text, finish, prompt)
 
 

@@ -70,6 +70,12 @@ class Service:
             return await asyncio.to_thread(self.model.prompt_ids, text)
         return self.model.prompt_ids(text)
 
+    async def prepared(self, sampling: Sampling) -> Sampling:
+        """The same, its form built in a thread of its own: that may take a moment. Raises UserError."""
+        if sampling.form is not None:
+            await asyncio.to_thread(self.worker.engine.grammars.matcher, sampling.form)
+        return sampling
+
 
 class Exchange:
     """One request to the model, from its arrival to its record. `http` is false for work that outlives its HTTP request."""

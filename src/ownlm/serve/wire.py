@@ -5,12 +5,15 @@ LABELS change nothing about an answer, and NEUTRAL fields are fine as long as th
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import from_json
 
+from ownlm.errors import UserError
+from ownlm.generate.grammar import ANY_OBJECT, Form
 from ownlm.generate.sampling import MAX_TOP_LOGPROBS, Sampling
 from ownlm.records import Message
 
@@ -30,7 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "parallel_tool_calls": (True, False),  # says how to call tools, and there are none
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "suffix": ("",),
 }
@@ -103,6 +105,28 @@ class Choosing(Wire):
         return {**given, "logit_bias": tuple(self.logit_bias.items())}
 
 
+class AnyText(Wire):
+    type: Literal["text"]
+
+
+class AnyJson(Wire):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Wire):
+    """`name` and `description` are for models that read them; every schema is kept to strictly."""
+
+    name: Text
+    description: Text = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonOfSchema(Wire):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
 class Generation(Choosing):
     """What chat and completion requests share."""
 
@@ -112,8 +136,24 @@ class Generation(Choosing):
     model: Text
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    response_format: Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")] = AnyText(type="text")
+    guided_regex: Text | None = None  # these two as vLLM has them
+    guided_grammar: Text | None = None
     stream: Flag = False
     stream_options: StreamOptions = StreamOptions()
+
+    def form(self) -> Form | None:
+        """The form the answer must have. Raises UserError."""
+        forms = [Form("regex", self.guided_regex)] if self.guided_regex is not None else []
+        if self.guided_grammar is not None:
+            forms.append(Form("grammar", self.guided_grammar))
+        if isinstance(self.response_format, AnyJson):
+            forms.append(Form("json_schema", ANY_OBJECT))
+        elif isinstance(self.response_format, JsonOfSchema):
+            forms.append(Form("json_schema", json.dumps(self.response_format.json_schema.schema_)))
+        if len(forms) > 1:
+            raise UserError("an answer has one form.", where="response_format")
+        return forms[0] if forms else None
 
     @model_validator(mode="after")
     def _streams(self) -> "Generation":
@@ -126,6 +166,7 @@ class Generation(Choosing):
         return Sampling(
             **self.choice(),
             n=self.n,
+            form=self.form(),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             **more,
         )
