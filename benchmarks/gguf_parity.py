@@ -30,10 +30,10 @@ from references import CONFIGS, save  # noqa: E402
 from test_grok import CONFIG as GROK  # noqa: E402
 
 from ownlm import gguf  # noqa: E402
+from ownlm.formats.ggml import DECODERS, Blocks  # noqa: E402
+from ownlm.formats.ggml_encode import ENCODERS, quantize  # noqa: E402
 from ownlm.models.decoder import Decoder  # noqa: E402
 from ownlm.models.families import from_hf  # noqa: E402
-from ownlm.models.ggml import DECODERS, Blocks  # noqa: E402
-from ownlm.models.ggml_encode import ENCODERS, quantize  # noqa: E402
 from ownlm.models.weights import load_model, save_model  # noqa: E402
 from ownlm.release.export import export  # noqa: E402
 

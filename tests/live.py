@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 
 from ownlm.artifact import Workspace
 from ownlm.generate.model import Model
+from ownlm.generate.runners import Runner
+from ownlm.generate.sequence import Row
+from ownlm.models.decoder import Decoder
 from ownlm.serve.server import serve
 
 # One client for all plain requests: making one costs more than most of the requests.
@@ -53,16 +56,18 @@ def running(model: Model, folder: Path, **options: Any) -> Iterator[str]:
 
 def slow(model: Model, seconds: float) -> Model:
     """The same model, each step at least this long, and no answer ended by the model itself."""
-    forward, logits = model.decoder.forward, model.decoder.logits
-    stops = sorted(model.tokenizer.stop_ids)
+    make, stops = model._runner, sorted(model.tokenizer.stop_ids)
 
-    def endless(hidden: torch.Tensor) -> torch.Tensor:
-        return logits(hidden).index_fill(-1, torch.tensor(stops), -1e4)
+    def slow_runner(decoder: Decoder, slots: int) -> Runner:
+        runner = make(decoder, slots)
+        run = runner.run
 
-    def delayed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        time.sleep(seconds)
-        return forward(*args, **kwargs)
+        def delayed(rows: Sequence[Row]) -> list[torch.Tensor]:
+            time.sleep(seconds)
+            return [logits.index_fill(-1, torch.tensor(stops), -1e4) for logits in run(rows)]
 
-    model.decoder.forward = delayed  # type: ignore[method-assign]
-    model.decoder.logits = endless  # type: ignore[method-assign]
+        runner.run = delayed  # type: ignore[method-assign]
+        return runner
+
+    model._runner = slow_runner  # type: ignore[method-assign]
     return model

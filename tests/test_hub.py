@@ -20,7 +20,7 @@ from hub import Hub, serving
 from ownlm import cli, device, hub, lineage, storage, transfer
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, Interrupted, NotFound, StorageFull, UserError
-from ownlm.models.tensorfile import INDEX, write_shards
+from ownlm.formats.tensorfile import INDEX, write_shards
 from ownlm.models.weights import save_model
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer

@@ -19,7 +19,7 @@ PUBLIC = {
     "Workspace": "ownlm.artifact",
     "Model": "ownlm.generate.model",
     "build": "ownlm.api",
-    "convert": "ownlm.models.convert",
+    "convert": "ownlm.formats.convert",
     "export": "ownlm.release.export",
     "finetune": "ownlm.api",
     "load": "ownlm.generate.model",

@@ -141,7 +141,7 @@ def chat(args: Arguments, reporter: Reporter) -> None:
 
 def convert(args: Arguments, reporter: Reporter) -> None:
     """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
-    from ownlm.models.convert import convert as run
+    from ownlm.formats.convert import convert as run
 
     run(args.path, out=args.out, reporter=reporter)
 

@@ -39,6 +39,16 @@ def hub() -> tuple[str, str | None]:
     return endpoint, token
 
 
+def kernels() -> str:
+    """Which native kernels to use: `$OWNLM_KERNELS`, one of their instruction sets or "off"; empty: the best there are."""
+    return os.environ.get("OWNLM_KERNELS", "")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs, as the XDG base directories say."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ownlm"
+
+
 def cores() -> int:
     """How many processors this process may use, at least 1."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

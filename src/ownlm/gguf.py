@@ -5,7 +5,7 @@
 A value of the metadata carries its own type, so that what was read can be written again bit for bit: numpy scalars and
 one-dimensional numpy arrays for numbers and booleans, `str`, and lists for arrays of strings and arrays of arrays.
 Nothing in a file is believed before it was compared with the file's size. What the blocks of a quantised tensor mean is
-told in `models/ggml.py`. Format: github.com/ggml-org/ggml, docs/gguf.md.
+told in `formats/ggml.py`. Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import math

@@ -1,6 +1,6 @@
 """A child process that reads what we don't trust, and can do nothing else.
 
-    run("ownlm.models.torchfile:convert", source, target, limits)
+    run("ownlm.formats.torchfile:convert", source, target, limits)
      └─► child: python -I -S, no environment
             1. limits of memory, processor time, file size and open files
             2. imports its function and maps the source: the last things it may open

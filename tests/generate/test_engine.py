@@ -1,5 +1,8 @@
 """Exactness of the engine: cached == uncached, batch == one by one, its log-probabilities == the training forward's."""
 
+from collections import Counter
+from random import Random
+
 import pytest
 import torch
 from hypothesis import settings
@@ -7,8 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.engine import Engine, Event
+from ownlm.generate.engine import Engine
+from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Event
+from ownlm.kernels.native import NativeDecoder, unsupported
 from tiny import tiny_model
 
 MODEL = tiny_model()
@@ -140,18 +146,40 @@ def test_bfloat16_weights_generate() -> None:
     assert model.generate("hello", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
 
 
-class Slots(RuleBasedStateMachine):
-    """Random requests, cancellations and steps: every slot is free or in use by exactly one sequence."""
+RUNNERS = ["modules", *(["native"] if unsupported(MODEL.decoder) is None else [])]
+
+
+def small_engine(runner: str, pages: int = 6) -> Engine:
+    """Three answers at a time; natively over so few pages that not all of them can be long."""
+    if runner == "modules":
+        return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16)
+    native = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages)
+    return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16, runner=native)
+
+
+def no_page_is_lost(engine: Engine) -> None:
+    """Every page is free, idle, or used by as many sequences as it counts."""
+    pool = engine.pool
+    users = Counter(page for sequence in engine.running for page in sequence.pages)
+    assert [users[page] for page in range(pool.count)] == pool.users
+    assert sorted([*pool.free, *pool.idle, *users]) == list(range(pool.count))
+    assert all(not sequence.pages and not sequence.cached for sequence in engine.waiting)
+
+
+class Pages(RuleBasedStateMachine):
+    """Random requests, cancellations and steps."""
+
+    runner = "modules"
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16)
+        self.engine = small_engine(self.runner)
         self.open: dict[int, int] = {}
 
-    @rule(length=st.integers(1, 40), new=st.integers(1, 6), n=st.integers(1, 3))
-    def add(self, length: int, new: int, n: int) -> None:
+    @rule(length=st.integers(1, 70), new=st.integers(1, 50), n=st.integers(1, 3), tenant=st.sampled_from("ab"))
+    def add(self, length: int, new: int, n: int, tenant: str) -> None:
         sampling = Sampling(max_tokens=new, n=n, temperature=1.0, stop_ids=frozenset())
-        self.open[self.engine.add([65] * length, sampling)] = n
+        self.open[self.engine.add([65] * length, sampling, tenant=tenant)] = n
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -161,26 +189,89 @@ class Slots(RuleBasedStateMachine):
             self.engine.cancel(request)
             assert all(sequence.request != request for sequence in self.engine.running)
 
-    @rule()
-    def step(self) -> None:
-        for event in self.engine.step():
-            self.open[event.request] -= event.finish_reason is not None
-            if not self.open[event.request]:
-                del self.open[event.request]
+    @rule(count=st.integers(1, 9))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            for event in self.engine.step():
+                self.open[event.request] -= event.finish_reason is not None
+                if not self.open[event.request]:
+                    del self.open[event.request]
 
     @invariant()
-    def no_slot_is_lost(self) -> None:
-        used = [sequence.slot for sequence in self.engine.running]
-        assert sorted([*used, *self.engine.free]) == [0, 1, 2]
-        waiting = [*self.engine.running, *self.engine.waiting]
-        assert {sequence.request for sequence in waiting} == set(self.open)
+    def all_is_accounted_for(self) -> None:
+        no_page_is_lost(self.engine)
+        assert {sequence.request for sequence in (*self.engine.running, *self.engine.waiting)} == set(self.open)
         assert 0 <= self.engine.cache_usage <= 1
 
     def teardown(self) -> None:
         while not self.engine.idle:
-            self.step()
+            self.steps(1)
         assert not self.open
+        assert not any(self.engine.pool.users)
 
 
-Slots.TestCase.settings = settings(max_examples=8, stateful_step_count=25, deadline=None)
-TestSlots = Slots.TestCase
+class NativePages(Pages):
+    runner = RUNNERS[-1]
+
+
+Pages.TestCase.settings = NativePages.TestCase.settings = settings(
+    max_examples=8, stateful_step_count=25, deadline=None
+)
+TestPages, TestNativePages = Pages.TestCase, NativePages.TestCase
+
+
+def test_ten_thousand_requests_with_cancellations_leak_no_page() -> None:
+    engine, random = small_engine(RUNNERS[-1]), Random(0)
+    open_requests: set[int] = set()
+    for _ in range(10_000):
+        prompt = [random.choice((65, 66))] * random.randrange(1, 80)
+        sampling = Sampling(max_tokens=random.randrange(1, 4), stop_ids=frozenset())
+        open_requests.add(engine.add(prompt, sampling, tenant=random.choice("ab"), priority=random.randrange(2)))
+        if random.random() < 0.7:
+            request = random.choice(sorted(open_requests))
+            open_requests.discard(request)
+            engine.cancel(request)
+        if random.random() < 0.5:
+            open_requests -= {event.request for event in engine.step() if event.finish_reason}
+    no_page_is_lost(engine)
+    while not engine.idle:
+        engine.step()
+    assert not any(engine.pool.users)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_answers_that_lost_their_pages_go_on_where_they_were(runner: str) -> None:
+    sampling = Sampling(max_tokens=60, temperature=1.0, seed=5, stop_ids=frozenset())
+    requests = [([65 + index] * 40, sampling) for index in range(3)]
+    crowded, roomy = small_engine(runner, pages=6), small_engine(runner, pages=40)
+    one, other = run(crowded, requests), run(roomy, requests)
+    assert [tokens(one[index]) for index in range(3)] == [tokens(other[index]) for index in range(3)]
+    assert roomy.preemptions == 0
+    assert crowded.preemptions > 0 or runner == "modules"
+
+
+@pytest.mark.skipif(RUNNERS[-1] != "native", reason="no native kernels here")
+def test_a_shared_beginning_is_read_once_and_never_across_tenants() -> None:
+    engine = small_engine("native", pages=40)
+    prefix, sampling = [65] * 64, Sampling(max_tokens=5, stop_ids=frozenset())
+    alone = [tokens(run(small_engine("native"), [([*prefix, 66 + i], sampling)])[0]) for i in range(2)]
+    first = run(engine, [([*prefix, 66], sampling)])[0]
+    assert engine.reused_tokens == 0
+    assert [tokens(first), tokens(run(engine, [([*prefix, 67], sampling)])[0])] == alone
+    assert engine.reused_tokens == 64
+    engine.add([*prefix, 68], sampling, tenant="other")
+    while not engine.idle:
+        engine.step()
+    assert engine.reused_tokens == 64
+    events = run(engine, [(prefix, Sampling(max_tokens=3, n=3, temperature=1.0, seed=1, stop_ids=frozenset()))])[0]
+    assert len(events) == 9
+    assert engine.reused_tokens > 64  # the second and third answer share what the first one read
+
+
+def test_the_tenant_with_the_fewest_answers_and_the_smallest_priority_go_first() -> None:
+    engine = small_engine("modules")
+    sampling = Sampling(max_tokens=3, stop_ids=frozenset())
+    for tenant, priority in (("a", 1), ("a", 1), ("a", 1), ("b", 1), ("a", 0)):
+        engine.add([65], sampling, tenant=tenant, priority=priority)
+    engine.step()
+    assert [sequence.request for sequence in engine.running] == [4, 3, 0]

@@ -116,12 +116,14 @@ def test_embeddings_are_means_of_hidden_states() -> None:
     assert MODEL.embed("short").shape == (1, 32)
 
 
-def test_slots_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    slot_bytes = 2 * 2 * 2 * 8 * 4 * 128
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: slot_bytes * 4 * 3 + 1)
-    assert MODEL.engine(8).slots == 3
+def test_the_cache_fits_into_memory_and_always_holds_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    token_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their width, float32
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: token_bytes * 128 * 4 * 3 + 1)
+    pool = MODEL.engine(8).pool
+    assert 128 < pool.count * pool.size <= 3 * 128  # fewer where heads are padded
     monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
-    assert MODEL.engine(8).slots == 1
+    pool = MODEL.engine(8).pool
+    assert pool.count * pool.size == 128
 
 
 def talk(model: Model, *lines: str) -> tuple[str, list[Message]]:

@@ -1,5 +1,7 @@
 """The sampler against a ten-line numpy version, and the promises it makes about seeds and batches."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ownlm.errors import UserError
-from ownlm.generate.sampling import Sampling, draw, probabilities, sample
+from ownlm.generate.sampling import Sampling, adjust, draw, probabilities, sample
 
 
 def reference(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float) -> np.ndarray:
@@ -35,6 +37,45 @@ def test_cuts_equal_the_plain_version(seed: int, temperature: float, top_k: int 
     logits = np.random.default_rng(seed).normal(size=32) * 2
     p = probabilities(torch.tensor(logits)[None], [Sampling(temperature=temperature, top_k=top_k, top_p=top_p)])[0]
     np.testing.assert_allclose((p / p.sum()).numpy(), reference(logits, temperature, top_k, top_p), atol=1e-9)
+
+
+@given(seed=st.integers(0, 2**16), min_p=st.floats(0, 1), typical_p=st.floats(0.05, 1))
+@settings(max_examples=60, deadline=None)
+def test_min_p_and_typical_equal_the_plain_version(seed: int, min_p: float, typical_p: float) -> None:
+    logits = np.random.default_rng(seed).normal(size=24) * 2
+    p = np.exp(logits) / np.exp(logits).sum()
+    p[p < min_p * p.max()] = 0
+    if typical_p < 1:
+        unit = p / p.sum()
+        there = unit > 0
+        entropy = -(unit[there] * np.log(unit[there])).sum()
+        distance = np.full(24, np.inf)
+        distance[there] = np.abs(-np.log(unit[there]) - entropy)
+        mass, kept = 0.0, np.zeros(24)
+        for token in np.argsort(distance, kind="stable"):
+            if mass >= typical_p:
+                break
+            kept[token], mass = p[token], mass + unit[token]
+        p = kept
+    ours = probabilities(torch.tensor(logits)[None], [Sampling(temperature=1.0, min_p=min_p, typical_p=typical_p)])[0]
+    np.testing.assert_allclose(ours.numpy(), p, atol=1e-12)
+
+
+def test_penalties_and_bias() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]])
+    text = ([0, 1, 1, 2, 1], 2)  # the prompt is 0 1, the answer 1 2 1
+
+    def adjusted(**fields: Any) -> list[float]:
+        return adjust(logits, [Sampling(**fields)], [text])[0].tolist()
+
+    assert adjusted(repetition_penalty=2.0) == [1.0, -2.0, 0.25, 0.0]
+    assert adjusted(presence_penalty=0.5) == [2.0, -1.5, 0.0, 0.0]
+    assert adjusted(frequency_penalty=0.5) == [2.0, -2.0, 0.0, 0.0]
+    assert adjusted(logit_bias=((3, 5.0), (0, -1.0))) == [1.0, -1.0, 0.5, 5.0]
+    assert logits.tolist() == [[2.0, -1.0, 0.5, 0.0]]
+    # The choice follows them, the log-probability that is told stays the model's own.
+    [token] = sample(logits, [Sampling(logit_bias=((3, 5.0),))], [torch.Generator()], [text])
+    assert (token.id, token.logprob) == (3, pytest.approx(logits.log_softmax(-1)[0, 3].item()))
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ownlm.errors import ArtifactError, NotFound, UserError
+from ownlm.formats.tensorfile import read_header, write_tensors
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder, init_weights, uniform
 from ownlm.models.families import family_of, from_hf, to_hf
 from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
-from ownlm.models.tensorfile import read_header, write_tensors
 from ownlm.models.weights import load_model, save_model
 
 BAR = 1e-5

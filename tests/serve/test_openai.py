@@ -234,8 +234,12 @@ def test_errors_come_in_openai_s_shape(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="frequency_penalty is not supported"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, frequency_penalty=0.5)
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, frequency_penalty=2.5)
     with pytest.raises(openai.BadRequestError, match="Did you mean temperature"):
         client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"temprature": 1})
     with pytest.raises(openai.BadRequestError, match="999 is not a token"):
@@ -243,7 +247,7 @@ def test_errors_come_in_openai_s_shape(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as roles:
         client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
     assert roles.value.param == "messages"
-    harmless: Any = {"user": "me", "store": False, "metadata": {"a": "b"}, "frequency_penalty": 0}
+    harmless: Any = {"user": "me", "store": False, "metadata": {"a": "b"}, "tools": []}
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1, **harmless).choices
 
 
@@ -303,14 +307,33 @@ def test_too_many_requests_are_told_to_come_back(
 
 
 def test_a_broken_step_ends_its_requests_and_not_the_server(
-    address: str, client: openai.OpenAI, model: Model, monkeypatch: pytest.MonkeyPatch
+    address: str, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = model.decoder.logits
-    monkeypatch.setattr(model.decoder, "logits", lambda hidden: 1 / 0)
-    with pytest.raises(openai.InternalServerError, match="engine failed"):
-        client.chat.completions.create(model="tiny", messages=MESSAGES)
-    with pytest.raises(openai.APIError, match="engine failed"):
-        list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
-    monkeypatch.setattr(model.decoder, "logits", logits)
+    with monkeypatch.context() as patch:
+        patch.setattr("ownlm.generate.engine.sample", lambda *_: 1 / 0)
+        with pytest.raises(openai.InternalServerError, match="engine failed"):
+            client.chat.completions.create(model="tiny", messages=MESSAGES)
+        with pytest.raises(openai.APIError, match="engine failed"):
+            list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
     assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1).choices
     assert http.get(f"{address}/health").status_code == 200
+
+
+def test_answers_of_a_given_form(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        seed=1,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+    )
+    assert answer.choices[0].finish_reason == "length" or json.loads(answer.choices[0].message.content or "")["a"] in (
+        1,
+        2,
+    )
+    found = client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "(ab){2}c"})
+    assert found.choices[0].text == "ababc"
+    with pytest.raises(openai.BadRequestError, match="regex"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "((("})
+    with pytest.raises(openai.BadRequestError, match="one form"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "a", "guided_grammar": "b"})

@@ -1,13 +1,17 @@
 """From settings to a Completion: what every kind of model that writes shares."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ownlm.errors import UserError
-from ownlm.generate.engine import Event
+from ownlm.generate.grammar import Form, Kind
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Event
 from ownlm.records import Completion, FinishReason
+
+FORMS: tuple[Kind, ...] = ("json_schema", "regex", "grammar")
 
 
 class Answer:
@@ -38,11 +42,20 @@ class Answer:
 
 
 def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:
-    """`sampling` with `fields` changed; `stop` may be one string. Raises UserError that names an unknown keyword."""
-    unknown = sorted(set(fields) - set(Sampling.__slots__))
+    """`sampling` with `fields` changed; `stop` may be one string, `json_schema` (a dict, or text), `regex` and `grammar` stand for
+    `form`. Raises UserError that names an unknown keyword."""
+    unknown = sorted(set(fields) - set(Sampling.__slots__) - set(FORMS))
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(Sampling.__slots__)}.")
+        known = (*Sampling.__slots__, *FORMS)
+        raise UserError(f"{', '.join(unknown)}: no such setting.", cure=f"There are: {', '.join(known)}.")
     changes = dict(fields)
+    forms = {kind: changes.pop(kind) for kind in FORMS if kind in changes}
+    if len(forms) > 1:
+        raise UserError("an answer has one form.", where=", ".join(forms))
+    for kind, source in forms.items():
+        changes["form"] = Form(kind, source if isinstance(source, str) else json.dumps(source))
+    if "logit_bias" in changes and isinstance(changes["logit_bias"], Mapping):
+        changes["logit_bias"] = tuple(changes["logit_bias"].items())
     if "stop" in changes:
         stop = changes["stop"] or ()
         changes["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,99 +1,45 @@
 """The engine: every answer of the project is generated here, one step after another.
 
-    add(prompt, sampling) ──► waiting ──► a free slot of the KV cache ──► running ──► events ──► slot free again
-                                                        │
+    add(prompt, sampling) ──► waiting ──► pages of the cache ──► running ──► events ──► pages free again
+                                                     │
                           step() = schedule (who, which tokens) ─► run (the decoder) ─► commit (sample, stop, report)
 
-Continuous batching: a step feeds the last token of every running sequence and, beside it, a bounded number of prompt tokens
-of new ones, so a long prompt is read in chunks while others go on writing. A cancelled or finished sequence gives its slot
-back at once; what it left in the cache is never attended to, for attention looks at positions before its own only.
+Continuous batching: a step feeds the last token of every running sequence and, beside it, a bounded number of prompt tokens of
+new ones: so few that those who write hardly notice. A prompt whose beginning stands in the cache is read from there on. Where
+pages run out, the sequence that came last gives its own back and waits; it goes on later where it was. What nobody can see
+ends at once: a cancelled or finished sequence gives its pages back before the next step.
 
-Shapes: B rows, T tokens of a row, D hidden size, V vocabulary.
+Shapes: T tokens of a prompt, D hidden size, W wanted tokens of a row, V vocabulary.
 """
 
-import heapq
 import itertools
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.grammar import Grammars
+from ownlm.generate.pages import PagePool, page_keys
+from ownlm.generate.runners import Runner, TorchRunner
 from ownlm.generate.sampling import Sampling, Token, report, sample
+from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.text import StopText
-from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
-from ownlm.records import FinishReason
+from ownlm.models.rotary import is_long
 from ownlm.tokens.codec import Tokenizer
-from ownlm.tokens.stream import DecodeStream
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What one step did for one answer.
-
-    request, index  whose answer: the id `add` gave, and which of its `n`
-    token           the token just sampled; None when `max_tokens` is 0
-    start           characters of the answer before this token's text (a token belongs to the visible answer when its start
-                    lies before the end of all text shown)
-    text            what may be shown now; it can lag behind the tokens by half a character or half a stop string
-    finish_reason   set in the last event of an answer
-    prompt          with `echo`, in the first event: the prompt's tokens
-    """
-
-    request: int
-    index: int
-    token: Token | None
-    start: int
-    text: str
-    finish_reason: FinishReason | None
-    prompt: tuple[Token, ...] = ()
-
-
-@dataclass(slots=True)
-class Sequence:
-    """An answer in the making. Changes with every step."""
-
-    request: int
-    index: int
-    prompt: list[int]
-    sampling: Sampling
-    limit: int  # new tokens at most
-    stop_ids: frozenset[int]
-    generator: torch.Generator
-    decode: DecodeStream
-    stop_text: StopText
-    embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
-    slot: int = -1
-    cached: int = 0  # tokens whose keys and values are in the cache
-    tokens: list[int] = field(default_factory=list)
-    characters: int = 0
-    prompt_logprobs: list[Token] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens of one sequence to run now; the first of them stands at position `sequence.cached`."""
-
-    sequence: Sequence
-    tokens: list[int]
-    phase: Literal["prefill", "decode"]
-
-    @property
-    def completes_prompt(self) -> bool:
-        """True when the last token's logits choose a new token."""
-        return self.sequence.cached + len(self.tokens) >= len(self.sequence.prompt)
 
 
 class Engine:
-    """Generates for many requests at once over the `slots` of one KV cache. For one thread; changes with every call.
+    """Generates for many requests at once over the pages of one cache. For one thread; changes with every call.
 
-    slots           answers that run at the same time; the rest waits in order of arrival
-    context         positions of a slot: prompt and answer together
-    prefill_tokens  prompt tokens (with padding) that one step reads at most, which bounds its time and memory
+    slots           answers that run at the same time; the rest waits: by priority, then the tenant with the fewest running
+                    answers, then by arrival
+    context         positions of a sequence: prompt and answer together
+    prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
+    runner          what computes; by default the model's own modules
     """
 
     def __init__(
@@ -103,24 +49,37 @@ class Engine:
         *,
         slots: int = 16,
         context: int | None = None,
-        prefill_tokens: int = 4096,
+        prefill_tokens: int | None = None,
+        runner: Runner | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.slots, self.prefill_tokens = model, tokenizer, slots, prefill_tokens
+        self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
-        weight = model.head_weight
-        self.device = weight.device
-        self.cache = KVCache(
-            model.config, slots=slots, max_tokens=self.context, dtype=weight.dtype, device=weight.device
-        )
-        self.waiting: deque[Sequence] = deque()
+        self.runner = runner or TorchRunner(model, slots=slots, context=self.context)
+        self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
+        self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
+        assert self.pool.count * self.pool.size >= self.context, "a single answer must fit"
+        self.device = model.head_weight.device
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.free = list(range(slots))  # a heap: the lowest slot first, so that running slots stay neighbours
+        self.pace = Pace()
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
 
-    def add(self, prompt: SequenceOf[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> int:
-        """The id of a new request. Raises ContextTooLong or UserError, before anything runs.
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        sampling: Sampling,
+        embeds_TD: Tensor | None = None,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> int:
+        """The id of a new request. Raises ContextTooLong or UserError, before anything runs. A form is built here, where
+        `grammars` doesn't have it yet.
 
         embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
+        tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
         """
         self.check(prompt, sampling)
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
@@ -131,14 +90,18 @@ class Engine:
             Sequence(
                 request=request,
                 index=index,
-                prompt=list(prompt),
+                prompt_tokens=len(prompt),
+                known=list(prompt),
                 sampling=sampling,
                 limit=room if sampling.max_tokens is None else sampling.max_tokens,
                 stop_ids=stop_ids,
                 generator=sampling.generator(index),
                 decode=self.tokenizer.decode_stream(),
                 stop_text=StopText(sampling.stop),
+                matcher=None if sampling.form is None else self.grammars.matcher(sampling.form),
                 embeds_TD=embeds_TD,
+                tenant=tenant,
+                priority=priority,
             )
             for index in range(sampling.n)
         )
@@ -155,10 +118,13 @@ class Engine:
         wrong = next((id for id in prompt if not 0 <= id < vocab_size), None)
         if wrong is not None:
             raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="prompt")
+        wrong = next((id for id, _ in sampling.logit_bias if not 0 <= id < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="logit_bias")
 
     def cancel(self, request: int) -> None:
-        """Drop all answers of a request; their slots are free at once. Unknown and finished requests are no error."""
-        self.waiting = deque(sequence for sequence in self.waiting if sequence.request != request)
+        """Drop all answers of a request; their pages are free at once. Unknown and finished requests are no error."""
+        self.waiting = [sequence for sequence in self.waiting if sequence.request != request]
         for sequence in [sequence for sequence in self.running if sequence.request == request]:
             self._release(sequence)
 
@@ -169,139 +135,224 @@ class Engine:
 
     @property
     def cache_usage(self) -> float:
-        """The share of the cache's positions that hold a token, between 0 and 1."""
-        return sum(sequence.cached for sequence in self.running) / (self.slots * self.context)
+        """The share of the cache's pages that are in use, between 0 and 1."""
+        return self.pool.usage
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """The events of one step: at most one new token per running answer."""
         rows = self._schedule()
-        hidden = self._run(rows)
-        return self._commit(rows, hidden)
+        logits = self._run(rows)
+        return self._commit(rows, logits)
+
+    # ---- schedule
 
     def _schedule(self) -> list[Row]:
-        """Fill free slots; then every running sequence's last token, and prompt tokens within the budget."""
-        while self.waiting and self.free:
-            sequence = self.waiting.popleft()
-            sequence.slot = heapq.heappop(self.free)
-            self.running.append(sequence)
+        """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
         rows: list[Row] = []
-        width = count = 0
-        for sequence in self.running:
-            if sequence.cached >= len(sequence.prompt):
-                rows.append(Row(sequence, sequence.tokens[-1:], "decode"))
-                continue
-            chunk = sequence.prompt[sequence.cached : sequence.cached + self.prefill_tokens]
-            # Rows are padded to the widest. The first always fits, so the oldest prompt never starves.
-            if count and (count + 1) * max(width, len(chunk)) > self.prefill_tokens:
-                continue
-            rows.append(Row(sequence, chunk, "prefill"))
-            width, count = max(width, len(chunk)), count + 1
-        return rows
+        for sequence in sorted((each for each in self.running if each.writing), key=lambda each: each.rank):
+            self._add_row(rows, sequence, 1)
+        budget = self.prefill_tokens
+        if rows and self.runner.exact:
+            budget = min(budget, self.pace.prompt_tokens())
+        for sequence in sorted((each for each in self.running if not each.writing), key=lambda each: each.rank):
+            budget -= self._add_row(rows, sequence, budget)
+        while budget > 0 and len(self.running) < self.slots:
+            following = self._next_waiting()
+            if following is None or not self._admit(following):
+                break
+            budget -= self._add_row(rows, following, budget)
+        # A sequence that lost its pages to an earlier one has no row.
+        return [row for row in rows if row.sequence in self.running]
+
+    def _next_waiting(self) -> Sequence | None:
+        """Who runs next. The answers to one prompt wait until the first of them has read it, and share what it read."""
+        running, reading = Counter(each.tenant for each in self.running), set()
+        if self.pool.size < self.context:
+            reading = {each.request for each in self.running if not each.new_tokens and self._may_share(each)}
+        able = [each for each in self.waiting if each.request not in reading]
+        return min(able, key=lambda each: (each.priority, running[each.tenant], each.rank), default=None)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run, on the pages its beginning shares; False while there are no pages for all it knows."""
+        if self._may_share(sequence):
+            # The last token is always computed: its logits choose the next.
+            sequence.keys = page_keys(sequence.known[:-1], self.pool.size, self._salt(sequence))
+            sequence.pages = self.pool.share(sequence.keys)
+            del sequence.keys[len(sequence.pages) :]
+            sequence.cached = len(sequence.pages) * self.pool.size
+        if self.pool.available < -(-len(sequence.known) // self.pool.size) - len(sequence.pages):
+            self._give_back(sequence)
+            return False
+        self.reused_tokens += sequence.cached
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        """Only texts whose tokens say all of them; and an echo needs every token's logits."""
+        return sequence.embeds_TD is None and not sequence.echoes
+
+    def _salt(self, sequence: Sequence) -> bytes:
+        """What must be equal besides the tokens: the tenant, and how positions turn in a text of this length."""
+        long = any(is_long(layer.rotary, len(sequence.known)) for layer in self.model.config.layers if layer.rotary)
+        return f"{int(long)}{sequence.tenant}".encode()
+
+    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int) -> int:
+        """Add a row of at most `budget` tokens; how many there are: none where no page is left for it."""
+        if sequence not in self.running or budget <= 0:
+            return 0
+        tokens = sequence.known[sequence.cached : sequence.cached + budget]
+        if not self._grow(sequence, sequence.cached + len(tokens)):
+            return 0
+        completes = sequence.cached + len(tokens) == len(sequence.known)
+        rows.append(Row(sequence, tokens, len(tokens) if sequence.echoes else int(completes)))
+        return len(tokens)
+
+    def _grow(self, sequence: Sequence, length: int) -> bool:
+        """Pages for `length` tokens, taken from those that came later where none is free; False if this one must wait itself."""
+        while True:
+            more = self.pool.take(max(0, -(-length // self.pool.size) - len(sequence.pages)))
+            if more is not None:
+                sequence.pages += more
+                return True
+            last = max(self.running, key=lambda each: each.rank)
+            self._preempt(last)
+            if last is sequence:
+                return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to waiting; what it has written stays known and is read again when there is room."""
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        if not sequence.new_tokens:
+            sequence.prompt_logprobs.clear()
+        self.waiting.append(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.keys, sequence.cached = [], [], 0
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+
+    # ---- run
 
     def _run(self, rows: list[Row]) -> list[Tensor]:
-        """The hidden states, (T, D), of each row's tokens."""
-        hidden: dict[int, Tensor] = {}
-        for phase in ("prefill", "decode"):
-            chosen = [index for index, row in enumerate(rows) if row.phase == phase]
-            # The cache reads neighbouring slots without a copy.
-            chosen.sort(key=lambda index: rows[index].sequence.slot)
-            if chosen:
-                hidden.update(zip(chosen, self._forward([rows[index] for index in chosen]), strict=True))
-        return [hidden[index] for index in range(len(rows))]
-
-    def _forward(self, rows: list[Row]) -> list[Tensor]:
-        width = max(len(row.tokens) for row in rows)
-        padding = [width - len(row.tokens) for row in rows]
-        tokens = [row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)]
-        # Position -1 is padding: the cache doesn't keep it and nobody sees it.
-        positions = [
-            [*range(row.sequence.cached, row.sequence.cached + len(row.tokens)), *[-1] * pad]
-            for row, pad in zip(rows, padding, strict=True)
-        ]
-        slots = [row.sequence.slot for row in rows]
-        tokens_BT = torch.tensor(tokens, device=self.device)
-        hidden_BTD = self.model(
-            tokens_BT,
-            positions_BT=torch.tensor(positions, device=self.device),
-            cache=self.cache,
-            slots=torch.tensor(slots, device=self.device),
-            embeds_BTD=self._embeds(rows, tokens_BT),
+        """logits_WV of each row's wanted tokens."""
+        if not rows:
+            return []
+        began = time.perf_counter()
+        logits = self.runner.run(rows)
+        self.pace.saw(
+            sum(row.sequence.writing for row in rows),
+            sum(len(row.tokens) for row in rows if not row.sequence.writing),
+            time.perf_counter() - began,
         )
-        return [hidden_BTD[index, : len(row.tokens)] for index, row in enumerate(rows)]
+        return logits
 
-    def _embeds(self, rows: list[Row], tokens_BT: Tensor) -> Tensor | None:
-        """The vectors of these tokens, where some of a prompt's come from images."""
-        given = {
-            index: row.sequence.embeds_TD[row.sequence.cached :][: len(row.tokens)]
-            for index, row in enumerate(rows)
-            if row.phase == "prefill" and row.sequence.embeds_TD is not None
-        }
-        if not given:
-            return None
-        embeds_BTD = self.model.embed(tokens_BT).clone()
-        for index, embeds_TD in given.items():
-            embeds_BTD[index, : len(embeds_TD)] = embeds_TD
-        return embeds_BTD
+    # ---- commit
 
-    def _commit(self, rows: list[Row], hidden: list[Tensor]) -> list[Event]:
-        """Sample for the rows whose prompt is read, and tell what became of each."""
-        for row, hidden_TD in zip(rows, hidden, strict=True):
-            if row.sequence.sampling.echo and row.phase == "prefill":
-                self._echo(row, hidden_TD)
-        ready = [(row, states[-1]) for row, states in zip(rows, hidden, strict=True) if row.completes_prompt]
-        for row in rows:
-            row.sequence.cached += len(row.tokens)
+    def _commit(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
+        """Sample for the rows whose known tokens are all read, and tell what became of each."""
+        ready: list[tuple[Sequence, Tensor]] = []
+        for row, logits_WV in zip(rows, logits, strict=True):
+            sequence = row.sequence
+            if sequence.echoes:
+                self._echo(row, logits_WV)
+            if row.completes:
+                ready.append((sequence, logits_WV[-1]))
+            sequence.cached += len(row.tokens)
+            self._publish(sequence)
         if not ready:
             return []
-        sequences = [row.sequence for row, _ in ready]
-        logits_BV = self.model.logits(torch.stack([state_D for _, state_D in ready])).float()
+        events, allowed = self._allowed([sequence for sequence, _ in ready])
+        ready = [(sequence, logits_V) for sequence, logits_V in ready if sequence in allowed]
+        if not ready:
+            return events
         tokens = sample(
-            logits_BV, [sequence.sampling for sequence in sequences], [sequence.generator for sequence in sequences]
+            torch.stack([logits_V for _, logits_V in ready]),
+            [sequence.sampling for sequence, _ in ready],
+            [sequence.generator for sequence, _ in ready],
+            [(sequence.known, sequence.prompt_tokens) for sequence, _ in ready],
+            [allowed[sequence] for sequence, _ in ready],
         )
-        return [self._advance(sequence, token) for sequence, token in zip(sequences, tokens, strict=True)]
+        return events + [self._advance(sequence, token) for (sequence, _), token in zip(ready, tokens, strict=True)]
 
-    def _echo(self, row: Row, hidden_TD: Tensor) -> None:
-        """Add the log-probabilities of the prompt tokens that follow this chunk's tokens."""
+    def _allowed(self, sequences: SequenceOf[Sequence]) -> tuple[list[Event], dict[Sequence, Tensor | None]]:
+        """What each may choose from; and the ends of those whose form has become too complex to go on."""
+        events: list[Event] = []
+        allowed: dict[Sequence, Tensor | None] = {}
+        for sequence in sequences:
+            try:
+                allowed[sequence] = None if sequence.matcher is None else sequence.matcher.allowed()
+            except UserError:
+                events.append(self._cut_short(sequence))
+        return events, allowed
+
+    def _cut_short(self, sequence: Sequence) -> Event:
+        text = sequence.stop_text.push(sequence.decode.finish()) + sequence.stop_text.flush()
+        self._release(sequence)
+        return Event(sequence.request, sequence.index, None, sequence.characters, text, "length")
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the pages that are full by now to those who begin alike."""
+        full = sequence.cached // self.pool.size
+        if full > len(sequence.keys) and sequence.embeds_TD is None:
+            sequence.keys = page_keys(
+                sequence.known[: full * self.pool.size], self.pool.size, self._salt(sequence), sequence.keys
+            )
+            for page, key in zip(sequence.pages, sequence.keys, strict=False):
+                self.pool.publish(page, key)
+
+    def _echo(self, row: Row, logits_WV: Tensor) -> None:
+        """Add the log-probabilities of the prompt tokens that follow this row's tokens."""
         sequence = row.sequence
         if not sequence.cached:
-            sequence.prompt_logprobs.append(Token(sequence.prompt[0], None))
-        targets = sequence.prompt[sequence.cached + 1 : sequence.cached + 1 + len(row.tokens)]
+            sequence.prompt_logprobs.append(Token(sequence.known[0], None))
+        targets = sequence.known[sequence.cached + 1 : sequence.cached + 1 + len(row.tokens)]
         if targets:
-            logits_TV = self.model.logits(hidden_TD[: len(targets)]).float()
-            ids_T = torch.tensor(targets, device=self.device)
-            sequence.prompt_logprobs += report(logits_TV, ids_T, [sequence.sampling.logprobs] * len(targets))
+            ids_T = torch.tensor(targets, device=logits_WV.device)
+            sequence.prompt_logprobs += report(
+                logits_WV[: len(targets)], ids_T, [sequence.sampling.logprobs] * len(targets)
+            )
 
     def _advance(self, sequence: Sequence, token: Token) -> Event:
         """Append the token to the answer, end it where it must end, and tell what is new."""
-        prompt = () if sequence.tokens else tuple(sequence.prompt_logprobs)
+        prompt = () if sequence.new_tokens else tuple(sequence.prompt_logprobs)
         if not sequence.limit:
             self._release(sequence)
             return Event(sequence.request, sequence.index, None, 0, "", "length", prompt)
-        event = advance(sequence, token, prompt)
+        event = sequence.push(token, prompt)
         if event.finish_reason:
             self._release(sequence)
         return event
 
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        heapq.heappush(self.free, sequence.slot)
+
+class Pace:
+    """How long steps take here, from those seen: so that a prompt is let in without holding up those who write."""
+
+    LEAST, UNKNOWN = 8, 32  # prompt tokens a step; a block of rows costs as much as one of it
+    SLOWER = 0.7  # how much longer a step of writing may take for a prompt's sake
+
+    def __init__(self) -> None:
+        self.step_seconds = self.token_seconds = 0.0
+
+    def saw(self, writing: int, reading: int, seconds: float) -> None:
+        if not reading:
+            self.step_seconds = _blend(self.step_seconds, seconds)
+        else:
+            rest = seconds - (self.step_seconds if writing else 0.0)
+            self.token_seconds = _blend(self.token_seconds, max(rest / reading, seconds / (writing + reading) / 4))
+
+    def prompt_tokens(self) -> int:
+        """How many a step may read beside those who write."""
+        if not self.step_seconds or not self.token_seconds:
+            return self.UNKNOWN
+        return max(self.LEAST, int(self.SLOWER * self.step_seconds / self.token_seconds) // self.LEAST * self.LEAST)
 
 
-def advance(sequence: Sequence, token: Token, prompt: tuple[Token, ...] = ()) -> Event:
-    """What the next token of an answer does to it: the text it shows, and whether it is the last."""
-    sequence.tokens.append(token.id)
-    start, ended = sequence.characters, token.id in sequence.stop_ids
-    full = len(sequence.tokens) == sequence.limit
-    piece = "" if ended else sequence.decode.push(token.id)
-    if ended or full:
-        piece += sequence.decode.finish()
-    sequence.characters += len(piece)
-    text = sequence.stop_text.push(piece)
-    finish: FinishReason | None = None
-    if sequence.stop_text.stopped:
-        finish = "stop"
-    elif ended or full:
-        text += sequence.stop_text.flush()
-        finish = "stop" if ended else "length"
-    return Event(sequence.request, sequence.index, token, start, text, finish, prompt)
+def _blend(before: float, new: float) -> float:
+    return new if not before else 0.8 * before + 0.2 * new

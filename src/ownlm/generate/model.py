@@ -27,12 +27,15 @@ from ownlm.errors import ArtifactError, ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
-from ownlm.generate.engine import Engine, Event
+from ownlm.generate.engine import Engine
 from ownlm.generate.reading import Entity, Found, Headed
+from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
+from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.vision import ImageClassifier, ImageText
+from ownlm.kernels import native
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
@@ -144,6 +147,7 @@ class Model:
         self.slots = slots
         self.lock = threading.RLock()
         self._engine: Engine | None = None
+        self._native: native.NativeDecoder | None = None
         self._events: dict[int, deque[Event]] = {}
 
     @property
@@ -170,11 +174,22 @@ class Model:
     def engine(self, slots: int | None = None) -> Engine:
         """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
         decoder = self.writer()
-        config = decoder.config
-        itemsize = decoder.head_weight.element_size()
+        slots = max(1, slots or self.slots)
+        return Engine(decoder, self.tokenizer, slots=slots, runner=self._runner(decoder, slots))
+
+    def _runner(self, decoder: Decoder, slots: int) -> Runner:
+        """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
+        room = int(machine.free_memory_bytes() * CACHE_SHARE)
+        if self._native is None and native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
+            self._native = native.NativeDecoder(decoder)
+        if self._native is not None:
+            least = -(-self.context // native.PAGE)
+            pages = max(least, min(slots * least, room // self._native.page_bytes()))
+            return NativeRunner(self._native, decoder, pages=pages)
+        config, itemsize = decoder.config, decoder.head_weight.element_size()
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
-        affordable = int(machine.free_memory_bytes() * CACHE_SHARE) // slot_bytes
-        return Engine(decoder, self.tokenizer, slots=max(1, min(slots or self.slots, affordable)))
+        slots = max(1, min(slots, room // slot_bytes))
+        return TorchRunner(decoder, slots=slots, context=self.context)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""

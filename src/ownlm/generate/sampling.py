@@ -1,8 +1,9 @@
 """How the next token is chosen.
 
-    logits ── log-softmax ───────────────────────────────► the log-probabilities that are reported (unmodified, float32)
+    logits ── log-softmax ──────────────────────────────────► the log-probabilities that are reported (unmodified, float32)
        │
-       └── / temperature ── softmax ── top-k ── top-p ──► one uniform number of the request's own generator picks a token
+       └── bias, penalties ── / temperature ── softmax ── top-k ── top-p ── min-p ── typical
+                                            └─► one uniform number of the request's own generator picks a token
 
 Every row draws exactly one number per token from its own `torch.Generator` and inverts its own cumulative distribution in
 token order. Nothing of a row's choice depends on its neighbours, so a seed gives the same text alone or in any batch.
@@ -10,13 +11,17 @@ token order. Nothing of a row's choice depends on its neighbours, so a seed give
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.generate.grammar import Form
+from ownlm.kernels import choose
 
 MAX_TOP_LOGPROBS = 20
 
@@ -29,24 +34,39 @@ class Sampling:
     temperature  0 is greedy
     top_k        keep the k likeliest tokens; None keeps all
     top_p        keep the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020, nucleus sampling)
+    min_p        keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082)
+    typical_p    keep the tokens nearest to the distribution's entropy until they hold typical_p (arXiv:2202.00666)
+    repetition_penalty   logits of tokens of the prompt or the answer are divided by it, or multiplied where negative (CTRL,
+                 arXiv:1909.05858)
+    presence_penalty     taken from the logits of tokens of the answer
+    frequency_penalty    taken from them once for every time they were written
+    logit_bias   (token, what is added to its logit) pairs
     seed         same seed, same text; None draws a fresh one
     stop         strings that end the answer and are not part of it
     stop_ids     tokens that end the answer; None: the tokenizer's own
     logprobs     how many alternatives to report per token (0 reports the sampled token's log-probability only)
     echo         also report the log-probabilities of the prompt's tokens
     n            how many answers to the same prompt
+    form         the answer is of this form: JSON of a schema, a regular expression, a grammar
     """
 
     max_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] | None = None
     logprobs: int = 0
     echo: bool = False
     n: int = 1
+    form: Form | None = None
 
     def __post_init__(self) -> None:
         least = 0 if self.echo else 1
@@ -55,6 +75,12 @@ class Sampling:
             "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "presence_penalty": (-100 <= self.presence_penalty <= 100, "between -100 and 100"),
+            "frequency_penalty": (-100 <= self.frequency_penalty <= 100, "between -100 and 100"),
+            "logit_bias": (all(math.isfinite(bias) for _, bias in self.logit_bias), "finite numbers"),
             "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             "stop": (all(self.stop), "strings of at least one character"),
             "logprobs": (0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"between 0 and {MAX_TOP_LOGPROBS}"),
@@ -65,6 +91,18 @@ class Sampling:
         ]
         if faults:
             raise UserError(" ".join(faults), where="sampling")
+
+    @property
+    def shapes(self) -> bool:
+        """True where the distribution is cut after it was tempered."""
+        cut = self.top_k is not None or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+        return self.temperature > 0 and cut
+
+    @property
+    def adjusts(self) -> bool:
+        """True where logits are changed before anything else."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(self.logit_bias or penalties)
 
     def generator(self, index: int) -> torch.Generator:
         """The random numbers of answer `index` of `n`: a function of the seed and the index only."""
@@ -89,34 +127,138 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits_BV: Tensor, requests: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[Token]:
-    """The next token of each row. `logits_BV` are float32, the model's own; row b is drawn by `generators[b]`."""
-    ids_B = logits_BV.argmax(-1)
+def sample(
+    logits_BV: Tensor,
+    requests: Sequence[Sampling],
+    generators: Sequence[torch.Generator],
+    texts: Sequence[tuple[Sequence[int], int]] = (),
+    allowed: Sequence[Tensor | None] = (),
+) -> list[Token]:
+    """The next token of each row. `logits_BV` are float32, the model's own; row b is drawn by `generators[b]`.
+
+    texts: for each row the tokens so far and how many of them are the prompt's; only penalties read them.
+    allowed: for each row the tokens that may be chosen, (V,) bool, or None for all.
+    """
+    uniform = [
+        float(torch.rand(1, generator=generator, dtype=torch.float64)) if request.temperature > 0 else 0.0
+        for request, generator in zip(requests, generators, strict=True)
+    ]
+    native = choose.able(logits_BV)
+    # How a row is chosen depends on nothing but the row.
+    masks = list(allowed) or [None] * len(requests)
+    plain = [
+        row
+        for row, each in enumerate(requests)
+        if native and masks[row] is None and not (each.shapes or each.adjusts or each.logprobs)
+    ]
+    tokens: dict[int, Token] = {}
+    if plain:
+        whole = len(plain) == len(requests)
+        picked = choose.choose(
+            logits_BV if whole else logits_BV[plain],
+            [requests[row].temperature for row in plain],
+            [uniform[row] for row in plain],
+        )
+        tokens = {row: Token(*pair) for row, pair in zip(plain, zip(*picked, strict=True), strict=True)}
+    others = [row for row in range(len(requests)) if row not in tokens]
+    if others:
+        chosen = _sample_shaped(
+            logits_BV[others],
+            [requests[row] for row in others],
+            [uniform[row] for row in others],
+            [texts[row] for row in others] if texts else [],
+            [masks[row] for row in others],
+        )
+        tokens.update(zip(others, chosen, strict=True))
+    return [tokens[row] for row in range(len(requests))]
+
+
+def _sample_shaped(
+    logits_BV: Tensor,
+    requests: Sequence[Sampling],
+    uniform: Sequence[float],
+    texts: Sequence[tuple[Sequence[int], int]],
+    masks: Sequence[Tensor | None],
+) -> list[Token]:
+    changed_BV = adjust(logits_BV, requests, texts)
+    if any(mask is not None for mask in masks):
+        changed_BV = changed_BV.clone()
+        for row, mask in enumerate(masks):
+            if mask is not None:
+                changed_BV[row, ~mask.to(changed_BV.device)] = -torch.inf
+    ids_B = changed_BV.argmax(-1)
     rows = [row for row, request in enumerate(requests) if request.temperature > 0]
     if rows:
-        uniform = torch.cat([torch.rand(1, generator=generators[row], dtype=torch.float64) for row in rows])
-        chosen = [requests[row] for row in rows]
-        ids_B[rows] = draw(probabilities(logits_BV[rows], chosen), uniform.to(logits_BV.device))
+        p_BV = probabilities(changed_BV[rows], [requests[row] for row in rows])
+        ids_B[rows] = draw(p_BV, torch.tensor([uniform[row] for row in rows], dtype=torch.float64, device=p_BV.device))
     return report(logits_BV, ids_B, [request.logprobs for request in requests])
+
+
+def adjust(logits_BV: Tensor, requests: Sequence[Sampling], texts: Sequence[tuple[Sequence[int], int]]) -> Tensor:
+    """The logits with each row's bias and penalties; the same tensor where no row has any."""
+    if not any(request.adjusts for request in requests):
+        return logits_BV
+    changed_BV = logits_BV.clone()
+    for row, request in enumerate(requests):
+        logits_V = changed_BV[row]
+        for token, bias in request.logit_bias:
+            logits_V[token] += bias
+        if not texts:
+            continue
+        known, prompt = texts[row]
+        if request.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(known)), device=logits_V.device)
+            here = logits_V[seen]
+            logits_V[seen] = torch.where(here > 0, here / request.repetition_penalty, here * request.repetition_penalty)
+        if request.presence_penalty or request.frequency_penalty:
+            written = Counter(known[prompt:])
+            ids = torch.tensor(list(written), dtype=torch.int64, device=logits_V.device)
+            times = torch.tensor(list(written.values()), dtype=logits_V.dtype, device=logits_V.device)
+            logits_V[ids] -= request.presence_penalty + request.frequency_penalty * times
+    return changed_BV
 
 
 def probabilities(logits_BV: Tensor, requests: Sequence[Sampling]) -> Tensor:
     """The distribution each row is drawn from (float64, not normalised after the cuts); temperatures must be above 0."""
     temperature = torch.tensor([request.temperature for request in requests], dtype=torch.float64)
     p_BV = (logits_BV.double() / temperature[:, None].to(logits_BV.device)).softmax(-1)
-    rows = [row for row, request in enumerate(requests) if request.top_k is not None or request.top_p < 1]
-    if not rows:
-        return p_BV
-    vocab_size = logits_BV.shape[-1]
-    top_k = torch.tensor([min(requests[row].top_k or vocab_size, vocab_size) for row in rows], device=p_BV.device)
-    top_p = torch.tensor([requests[row].top_p for row in rows], dtype=torch.float64, device=p_BV.device)
-    sorted_BV, order_BV = p_BV[rows].sort(dim=-1, descending=True, stable=True)
-    sorted_BV[torch.arange(vocab_size, device=p_BV.device) >= top_k[:, None]] = 0
+    rows = [row for row, request in enumerate(requests) if request.shapes]
+    if rows:
+        p_BV[rows] = _cut(p_BV[rows], [requests[row] for row in rows])
+    return p_BV
+
+
+def _cut(p_BV: Tensor, requests: Sequence[Sampling]) -> Tensor:
+    """top-k, then top-p, min-p and typical of what is left, each kept token with the probability it had."""
+    vocab_size = p_BV.shape[-1]
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=p_BV.device)[:, None]
+
+    top_k = column(min(request.top_k or vocab_size, vocab_size) for request in requests)
+    sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+    sorted_BV[torch.arange(vocab_size, device=p_BV.device) >= top_k] = 0
     # top-p counts the mass that top-k left, and a token stays while the mass before it is below top_p.
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    sorted_BV[before_BV >= (top_p * sorted_BV.sum(-1))[:, None]] = 0
-    p_BV[rows] = torch.zeros_like(sorted_BV).scatter(-1, order_BV, sorted_BV)
-    return p_BV
+    sorted_BV[before_BV >= column(request.top_p for request in requests) * sorted_BV.sum(-1, keepdim=True)] = 0
+    sorted_BV[sorted_BV < column(request.min_p for request in requests) * sorted_BV[:, :1]] = 0
+    kept_BV = torch.zeros_like(sorted_BV).scatter(-1, order_BV, sorted_BV)
+    typical = [row for row, request in enumerate(requests) if request.typical_p < 1]
+    if typical:
+        share = column(requests[row].typical_p for row in typical)
+        kept_BV[typical] = _typical(kept_BV[typical], share)
+    return kept_BV
+
+
+def _typical(p_BV: Tensor, share_B1: Tensor) -> Tensor:
+    """The tokens whose surprise is nearest to the mean surprise, until they hold the share of the mass."""
+    unit_BV = p_BV / p_BV.sum(-1, keepdim=True)
+    surprise_BV = -unit_BV.log()
+    entropy_B1 = torch.special.entr(unit_BV).sum(-1, keepdim=True)
+    order_BV = (surprise_BV - entropy_B1).abs().argsort(dim=-1, stable=True)
+    sorted_BV = unit_BV.gather(-1, order_BV)
+    keep_BV = sorted_BV.cumsum(-1) - sorted_BV < share_B1
+    return torch.zeros_like(p_BV).scatter(-1, order_BV, p_BV.gather(-1, order_BV) * keep_BV)
 
 
 def draw(p_BV: Tensor, uniform_B: Tensor) -> Tensor:

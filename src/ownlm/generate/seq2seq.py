@@ -19,9 +19,9 @@ from torch import Tensor
 from ownlm.errors import UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
-from ownlm.generate.engine import Event, advance
-from ownlm.generate.engine import Sequence as Writing
 from ownlm.generate.sampling import Sampling, sample
+from ownlm.generate.sequence import Event
+from ownlm.generate.sequence import Sequence as Writing
 from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, Source
@@ -149,7 +149,8 @@ class Seq2Seq:
             Writing(
                 request=index,
                 index=0,
-                prompt=list(prompt),
+                prompt_tokens=len(prompt),
+                known=list(prompt),
                 sampling=sampling,
                 limit=limit,
                 stop_ids=stops,
@@ -162,6 +163,8 @@ class Seq2Seq:
         return write(self.model, answers)
 
     def _limits(self, sampling: Sampling) -> tuple[int, frozenset[int]]:
+        if sampling.form is not None:
+            raise UserError("encoder-decoders write no answers of a given form.", where="form")
         stops = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         return sampling.max_tokens or self.model.config.max_tokens, stops
 
@@ -217,7 +220,7 @@ def _cache(model: EncoderDecoder, rows: int, limit: int) -> KVCache:
 @torch.inference_mode()
 def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
     """The events of answers that are written side by side, greedily or sampled, each until it ends."""
-    source = read(model, [answer.prompt for answer in answers])
+    source = read(model, [answer.known for answer in answers])
     limit, device = max(answer.limit for answer in answers), model.head_weight.device
     cache = _cache(model, len(answers), limit)
     tokens_B1 = torch.full((len(answers), 1), model.config.start_token, device=device)
@@ -227,8 +230,9 @@ def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
             model.logits(hidden_B1D[:, -1]),
             [answer.sampling for answer in answers],
             [answer.generator for answer in answers],
+            [(answer.known, answer.prompt_tokens) for answer in answers],
         )
-        events = [advance(answer, token) for answer, token in zip(answers, tokens, strict=True)]
+        events = [answer.push(token) for answer, token in zip(answers, tokens, strict=True)]
         yield from events
         open_rows = [row for row, event in enumerate(events) if event.finish_reason is None]
         if not open_rows:
@@ -237,7 +241,7 @@ def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
             rows = torch.tensor(open_rows, device=device)
             answers, source = [answers[row] for row in open_rows], source.rows(rows)
             cache.reorder(rows, place + 1)
-        tokens_B1 = torch.tensor([answer.tokens[-1:] for answer in answers], device=device)
+        tokens_B1 = torch.tensor([answer.known[-1:] for answer in answers], device=device)
 
 
 @torch.inference_mode()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.formats.settings import read_json
 from ownlm.generate.vision import processor_of
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.models.weights import read_json
 from ownlm.records import Message, to_json
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.images import ImageProcessor, Source

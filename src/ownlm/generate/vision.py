@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.formats.settings import read_json
 from ownlm.models.dual import DualTower
 from ownlm.models.vision import VisionTower
-from ownlm.models.weights import read_json
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.images import ImageProcessor, Source, read_processor
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ownlm.models.ggml import Blocks
+from ownlm.formats.ggml import Blocks
 
 Layout = Literal[
     "same", "plus_one", "transposed", "by_head", "pairs", "flat", "gate_up_pairs", "experts_transposed", "heads_out", "heads_in",
@@ -35,7 +35,7 @@ class To:
     count: int = 1
 
 
-Table = Mapping[str | tuple[str, ...], str | To]
+Table = dict[str | tuple[str, ...], str | To]
 
 
 @dataclass(frozen=True, slots=True)

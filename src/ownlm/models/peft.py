@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ArtifactError, UserError
+from ownlm.formats.settings import read_json, write_json
+from ownlm.formats.tensorfile import Entry, read_header, read_tensors, write_tensors
 from ownlm.models.adapters import (
     Adapted,
     Pair,
@@ -34,8 +36,6 @@ from ownlm.models.adapters import (
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, to_hf
 from ownlm.models.names import LAYOUTS, Stored, stored_tensors
-from ownlm.models.tensorfile import Entry, read_header, read_tensors, write_tensors
-from ownlm.models.weights import read_json, write_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

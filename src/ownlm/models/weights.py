@@ -4,7 +4,6 @@ Loading is strict: the file must hold exactly the tensors that its config descri
 names those that aren't so. Nothing is allocated before that is known.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownlm.errors import ArtifactError, NotFound
+from ownlm.errors import ArtifactError
+from ownlm.formats.settings import read_json, write_json
+from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened, Tensors
-from ownlm.models.gguf_read import open_gguf
+from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
-from ownlm.models.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
 
 SHARD_BYTES = 5_000_000_000
-SETTINGS_BYTES = 10_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -146,24 +145,6 @@ def save_model(
 
 def _names(table: Iterable[Stored]) -> list[str]:
     return [stored.name for stored in table]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > SETTINGS_BYTES:
-            raise ArtifactError(f"it has more than {SETTINGS_BYTES} bytes, which no settings need.", where=str(path))
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise NotFound("there is no such file.", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"this is not JSON: {error}.", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise ArtifactError("this is not a JSON object.", where=str(path))
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(root: Path) -> dict[Path, dict[str, Entry]]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from ownlm import device, gguf
 from ownlm.artifact import Workspace
 from ownlm.errors import NotFound, UserError
+from ownlm.formats.settings import read_json
 from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
-from ownlm.models.gguf_write import QUANTIZATIONS, describe
-from ownlm.models.weights import load_model, read_json, save_model
+from ownlm.models.gguf.write import QUANTIZATIONS, describe
+from ownlm.models.weights import load_model, save_model
 from ownlm.report import size
 from ownlm.storage import flush, storage
 from ownlm.tokens.codec import Tokenizer

@@ -12,8 +12,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ownlm.generate.engine import Event
 from ownlm.generate.sampling import Token
+from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
 from ownlm.serve.service import EventStream, Exchange, Service, Visible, read_body, token_text, unless_gone
 from ownlm.serve.wire import BadRequest, ChatRequest, CompletionRequest, EmbeddingRequest, parse
@@ -50,7 +50,8 @@ async def chat_completions(exchange: Exchange, request: Request) -> Response:
     wire = parse(ChatRequest, await read_body(request))
     service = exchange.service
     service.check_model(wire.model)
-    exchange.submit([await service.tokens([message.message() for message in wire.messages])], wire.sampling())
+    sampling = await service.prepared(wire.sampling())
+    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling)
     head = {"id": f"chatcmpl-{exchange.id}", "created": int(time.time()), "model": wire.model}
     if service.model.digest:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
@@ -99,7 +100,7 @@ async def completions(exchange: Exchange, request: Request) -> Response:
     service.check_model(wire.model)
     given = wire.prompts()
     prompts = [await service.tokens(prompt) for prompt in given]
-    exchange.submit(prompts, wire.sampling())
+    exchange.submit(prompts, await service.prepared(wire.sampling()))
     decode = service.model.tokenizer.decode
     echoed = [
         (prompt if isinstance(prompt, str) else decode(prompt, special=True)) if wire.echo else "" for prompt in given

@@ -19,9 +19,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.engine import Event
 from ownlm.generate.model import Model, Prompt
 from ownlm.generate.sampling import Sampling, Token
+from ownlm.generate.sequence import Event
 from ownlm.serve.guard import BodyTooLarge, error_body
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Metrics
@@ -70,6 +70,12 @@ class Service:
             return await asyncio.to_thread(self.model.prompt_ids, text)
         return self.model.prompt_ids(text)
 
+    async def prepared(self, sampling: Sampling) -> Sampling:
+        """The same, its form built in a thread of its own: that may take a moment. Raises UserError."""
+        if sampling.form is not None:
+            await asyncio.to_thread(self.worker.engine.grammars.matcher, sampling.form)
+        return sampling
+
 
 class Exchange:
     """One request to the model, from its arrival to its record. `http` is false for work that outlives its HTTP request."""
@@ -93,7 +99,7 @@ class Exchange:
             raise BadRequest(f"This request asks for {answers} answers; at most {service.max_answers} may be open.")
         if service.open_answers + answers > service.max_answers:
             raise BadRequest("Too many requests are waiting. Try again soon.", status=429, code="queue_full")
-        self.ticket = service.worker.submit(prompts, sampling)
+        self.ticket = service.worker.submit(prompts, sampling, tenant=self.key_id or "")
         service.open_answers += answers
         self.sampling = sampling
         self.prompt_tokens = sum(map(len, prompts))

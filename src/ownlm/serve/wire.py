@@ -5,12 +5,15 @@ LABELS change nothing about an answer, and NEUTRAL fields are fine as long as th
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import from_json
 
+from ownlm.errors import UserError
+from ownlm.generate.grammar import ANY_OBJECT, Form
 from ownlm.generate.sampling import MAX_TOP_LOGPROBS, Sampling
 from ownlm.records import Message
 
@@ -22,11 +25,6 @@ MAX_STOPS = 16
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 # Features this server doesn't have, each with the values that don't ask for it.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "tools": ([],),
@@ -35,7 +33,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "parallel_tool_calls": (True, False),  # says how to call tools, and there are none
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "best_of": (1,),
     "suffix": ("",),
 }
@@ -47,6 +44,8 @@ Flag = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -86,21 +85,75 @@ class StreamOptions(Wire):
     include_obfuscation: Literal[False] = False
 
 
-class Generation(Wire):
+class Choosing(Wire):
+    """How tokens are chosen, in the names all these APIs share."""
+
+    temperature: Temperature = 1.0
+    top_p: Share = 1.0
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    typical_p: Share = 1.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[Annotated[int, Field(ge=0)], Bias], Field(max_length=1024)] = Field(default_factory=dict)
+    seed: Seed | None = None
+
+    def choice(self) -> dict[str, Any]:
+        """These fields, as `Sampling` has them."""
+        given = {name: getattr(self, name) for name in Choosing.model_fields}
+        return {**given, "logit_bias": tuple(self.logit_bias.items())}
+
+
+class AnyText(Wire):
+    type: Literal["text"]
+
+
+class AnyJson(Wire):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Wire):
+    """`name` and `description` are for models that read them; every schema is kept to strictly."""
+
+    name: Text
+    description: Text = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonOfSchema(Wire):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class Generation(Choosing):
     """What chat and completion requests share."""
 
     labels = LABELS
     neutral = NEUTRAL
 
     model: Text
-    temperature: Temperature = 1.0
-    top_p: Share = 1.0
-    top_k: Count | None = None
-    seed: Seed | None = None
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    response_format: Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")] = AnyText(type="text")
+    guided_regex: Text | None = None  # these two as vLLM has them
+    guided_grammar: Text | None = None
     stream: Flag = False
     stream_options: StreamOptions = StreamOptions()
+
+    def form(self) -> Form | None:
+        """The form the answer must have. Raises UserError."""
+        forms = [Form("regex", self.guided_regex)] if self.guided_regex is not None else []
+        if self.guided_grammar is not None:
+            forms.append(Form("grammar", self.guided_grammar))
+        if isinstance(self.response_format, AnyJson):
+            forms.append(Form("json_schema", ANY_OBJECT))
+        elif isinstance(self.response_format, JsonOfSchema):
+            forms.append(Form("json_schema", json.dumps(self.response_format.json_schema.schema_)))
+        if len(forms) > 1:
+            raise UserError("an answer has one form.", where="response_format")
+        return forms[0] if forms else None
 
     @model_validator(mode="after")
     def _streams(self) -> "Generation":
@@ -111,11 +164,9 @@ class Generation(Wire):
     def settings(self, **more: Any) -> Sampling:
         """The sampler's settings."""
         return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
+            **self.choice(),
             n=self.n,
+            form=self.form(),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             **more,
         )
@@ -194,7 +245,7 @@ class EmbeddingRequest(Wire):
         return each(self.input)
 
 
-class PredictionInput(Wire):
+class PredictionInput(Choosing):
     """The `input` of a Replicate prediction, with the names that language models have there.
 
     The prompt is asked as a user's message. With `prompt_template`, the text it makes of {prompt} and {system_prompt} is
@@ -206,10 +257,6 @@ class PredictionInput(Wire):
     prompt_template: Text | None = None
     max_tokens: Count | None = None
     max_new_tokens: Count | None = None
-    temperature: Temperature = 1.0
-    top_p: Share = 1.0
-    top_k: Count | None = None
-    seed: Seed | None = None
     stop_sequences: Text | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = ""
 
     @model_validator(mode="after")
@@ -233,10 +280,7 @@ class PredictionInput(Wire):
             stops = [stop for stop in stops.split(",") if stop]
         return Sampling(
             max_tokens=self.max_tokens or self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
+            **self.choice(),
             stop=tuple(stops),
         )
 

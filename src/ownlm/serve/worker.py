@@ -15,9 +15,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
-from ownlm.generate.engine import Engine, Event
+from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Event
 
 T = TypeVar("T")
 Batch: TypeAlias = list[tuple[int, Event]]
@@ -72,15 +73,15 @@ class Worker:
     def alive(self) -> bool:
         return self.thread.is_alive()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Ticket:
-        """Queue the prompts. Raises ContextTooLong or UserError at once, in the caller's thread."""
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tenant: str = "") -> Ticket:
+        """Queue the prompts of a tenant. Raises ContextTooLong or UserError at once, in the caller's thread."""
         for prompt in prompts:
             self.engine.check(prompt, sampling)
         ticket = Ticket(prompts, sampling)
 
         def begin() -> None:
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(prompt, sampling)
+                request = self.engine.add(prompt, sampling, tenant=tenant)
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from ownlm.errors import ArtifactError, Busy, NotFound
-from ownlm.models.tensorfile import read_header, read_tensors, write_tensors
+from ownlm.formats.tensorfile import read_header, read_tensors, write_tensors
 from ownlm.report import Reporter
 from ownlm.storage import flush, require_space, sha256, storage, write_atomic
 

@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ownlm.formats.ggml import Blocks
+from ownlm.formats.tensorfile import Entry
 from ownlm.models.families.fields import Fields
-from ownlm.models.ggml import Blocks
 from ownlm.models.names import Table
 from ownlm.models.pooling import Pooling
-from ownlm.models.tensorfile import Entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,8 @@ class Family:
 
     architecture  the class of transformers that its files name first
     read          config.json -> our config; faults go into the fields
+    spelled       Llama's name of a field -> the name in its files
+    defaults      what its files leave out, or may leave out
     build         our config -> the module
     names         our config -> the table of tensor names
     prefix        begins every name but the head's, and is left out in files of the bare model
@@ -32,6 +34,8 @@ class Family:
     read: Callable[[Fields], Any]
     build: Callable[[Any, Mapping[str, Any] | None], nn.Module]
     names: Callable[[Any], Table]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
     derived: str = r"(?!)"
     spellings: tuple[tuple[str, str], ...] = ()

@@ -15,6 +15,7 @@ PROBLEMS: dict[str, Problem] = {
     "single_label_classification": "single", "multi_label_classification": "multi", "regression": "regression",
 }  # fmt: skip
 LABELS = 2**20  # no checkpoint comes near this
+TOLD = ("num_labels", "id2label", "label2id", "problem_type")  # the fields of a head
 
 
 def kind_of(hf: Mapping[str, Any]) -> str:
@@ -33,12 +34,15 @@ def task_head(fields: Fields, task: Task | None, **spec: Any) -> Head | None:
     if task not in ("sequence", "token"):
         return None
     names = labels(fields)
-    return Head(task=task, labels=names, problem=problem(fields, names) if task == "sequence" else "single", **spec)
+    # Where nothing is said, one label means a number.
+    default = "regression" if len(names) == 1 else "single_label_classification"
+    problem = fields.choice("problem_type", PROBLEMS, default) if task == "sequence" else "single"
+    return Head(task=task, labels=names, problem=problem, **spec)
 
 
 def labels(fields: Fields) -> tuple[str, ...]:
     """The names of the classes in order: `id2label`, or LABEL_0 … of `num_labels`, which is 2 where nothing is said."""
-    value = fields.config.get("id2label")
+    value = fields.get("id2label")
     if value is None:
         return tuple(f"LABEL_{index}" for index in range(fields.count("num_labels", 2, at_most=LABELS)))
     names = value if isinstance(value, Mapping) else {}
@@ -47,17 +51,6 @@ def labels(fields: Fields) -> tuple[str, ...]:
         fields.faults.append(f"id2label must name each class from 0 on, got {str(value)[:200]}")
         return ("LABEL_0",)
     return cast(tuple[str, ...], found)
-
-
-def problem(fields: Fields, names: tuple[str, ...]) -> Problem:
-    """problem_type; where nothing is said, one label means a number."""
-    value = fields.config.get("problem_type")
-    if value is None:
-        return "regression" if len(names) == 1 else "single"
-    if value not in PROBLEMS:
-        fields.faults.append(f"problem_type {value!r} is not supported (supported: {', '.join(PROBLEMS)})")
-        return "single"
-    return PROBLEMS[value]
 
 
 def headed(
@@ -73,10 +66,9 @@ def headed(
         raise UserError(f"the task {task} has one label for each answer.", where="problem")
     stem = architecture.partition("For")[0].removesuffix("LMHeadModel")
     kind = next((f"For{kind}" for kind, known in TASKS.items() if known == task), "Model") if task else "Model"
-    kept = {
-        key: value for key, value in hf.items() if key not in ("num_labels", "id2label", "label2id", "problem_type")
+    new: dict[str, Any] = {key: value for key, value in hf.items() if key not in TOLD} | {
+        "architectures": [stem + kind]
     }
-    new: dict[str, Any] = kept | {"architectures": [stem + kind]}
     if names:
         new["id2label"] = {str(index): name for index, name in enumerate(names)}
         new["label2id"] = {name: index for index, name in enumerate(names)}

@@ -1,72 +1,53 @@
 """The families that see: ViT, CLIP and its towers, Pixtral's tower, LLaVA and Mistral 3."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ownlm.models.decoder import DecoderConfig
 from ownlm.models.dual import DualConfig, TextConfig
-from ownlm.models.families import decoders as d
-from ownlm.models.families import gpt as g
+from ownlm.models.families.decoders import LLAMA, gpt, llama, read_mistral, read_qwen2
 from ownlm.models.families.fields import Fields
+from ownlm.models.families.heads import labels
+from ownlm.models.families.layers import WIDTH, block, gpt_layer, multi_head, repeated
 from ownlm.models.names import Table, To, nested
-from ownlm.models.specs import Attention, FeedForward, Layer, Norm, Rotary
+from ownlm.models.specs import FeedForward, Layer, Norm, Rotary
 from ownlm.models.vision import VisionConfig
 from ownlm.models.vision_language import VisionLanguageConfig
 
 # The hub's files leave out what equals the defaults of transformers' classes.
+VIT: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224,
+    "patch_size": 16, "layer_norm_eps": 1e-12,
+}  # fmt: skip
 CLIP_TEXT: dict[str, Any] = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "projection_dim": 512, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
+    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407,
 }  # fmt: skip
-CLIP_VISION: dict[str, Any] = {
-    "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-}  # fmt: skip
+CLIP_VISION = VIT | {"projection_dim": 512, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 PIXTRAL: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 1024, "patch_size": 16, "hidden_act": "gelu",
 }  # fmt: skip
 DECODER: dict[str, Any] = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "max_position_embeddings": 2048,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "sliding_window": 4096,
 }  # fmt: skip
-MISTRAL: dict[str, Any] = DECODER | {
-    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-}  # fmt: skip
-# The decoders that images are put before: by model_type their reader and the defaults of their fields.
-TEXTS = {"llama": (d.read_llama, DECODER), "mistral": (d.read_mistral, MISTRAL), "qwen2": (d.read_qwen2, DECODER)}
+MISTRAL = DECODER | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 SIDE, PATCH = 2**14, 2**10  # pixels; no tower comes near these
 
 
-def tower(fields: Fields, norm: Norm, mlp: Mapping[str, Any], **others: Any) -> VisionConfig:
-    """The fields that all towers share; `mlp` are further fields of the feed-forward's spec, `others` of the config."""
-    width, heads = fields.count("hidden_size", 768), fields.count("num_attention_heads", 12, at_most=d.HEADS)
-    if width % heads:
-        fields.faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    size, patch = fields.count("image_size", 224, at_most=SIDE), fields.count("patch_size", 16, at_most=PATCH)
+def tower(fields: Fields, layer: Layer, **others: Any) -> VisionConfig:
+    """The fields that all towers share."""
+    size, patch = fields.count("image_size", at_most=SIDE), fields.count("patch_size", at_most=PATCH)
     if patch > size:
         fields.faults.append(f"patch_size {patch} is more than image_size {size}")
-    layer = Layer(
-        attention=Attention(
-            num_heads=heads, num_kv_heads=heads, head_dim=max(1, width // heads), **others.pop("attention")
-        ),
-        mlp=FeedForward(
-            size=fields.count("intermediate_size", 4 * width, at_most=d.WIDTH),
-            activation=fields.activation("hidden_act", "gelu"),
-            **mlp,
-        ),
-        norm=norm,
-        rotary=others.pop("rotary", None),
-    )
     return VisionConfig(
-        hidden_size=width,
+        hidden_size=fields.count("hidden_size"),
         image_size=size,
         patch_size=patch,
-        layers=(layer,) * fields.count("num_hidden_layers", 12, at_most=d.LAYERS),
+        layers=repeated(fields, layer),
         channels=fields.count("num_channels", 3, at_most=PATCH),
-        norm=norm,
+        norm=layer.norm,
         **others,
     )
 
@@ -76,52 +57,33 @@ def tower(fields: Fields, norm: Norm, mlp: Mapping[str, Any], **others: Any) -> 
 
 def read_vit(fields: Fields) -> VisionConfig:
     """arXiv:2010.11929. With a classifier or a pooler, as the files have it."""
-    fields.only(quantization_config=None, pooler_act="tanh")
-    labels = read_labels(fields)
-    classifies = fields.holds("classifier.weight", "ViTModel" not in (fields.config.get("architectures") or ()))
-    config = tower(
+    fields.only(quantization_config=None, pooler_act="tanh", pooler_output_size=fields.count("hidden_size"))
+    names = labels(fields)
+    classifies = fields.holds("classifier.weight", "ViTModel" not in (fields.get("architectures") or ()))
+    return tower(
         fields,
-        Norm(kind="layer", eps=fields.number("layer_norm_eps", 1e-12)),
-        {"gated": False, "bias": True},
-        attention={"bias": fields.flag("qkv_bias", True), "output_bias": True},
+        gpt_layer(fields, attention={"bias": fields.flag("qkv_bias", True)}),
         patch_bias=True,
         class_token=True,
         last_norm="all",
-        head=len(labels) if classifies else None,
-        labels=labels if classifies else (),
+        head=len(names) if classifies else None,
+        labels=names if classifies else (),
         pooler=fields.holds("pooler.dense.weight", not classifies),
     )
-    fields.only(pooler_output_size=config.hidden_size)
-    return config
-
-
-def read_labels(fields: Fields) -> tuple[str, ...]:
-    """The names of a classifier's classes: id2label, or LABEL_0 … of num_labels (2)."""
-    table = fields.config.get("id2label")
-    if table is None:
-        return tuple(f"LABEL_{n}" for n in range(fields.count("num_labels", 2)))
-    names = {str(key): value for key, value in table.items()} if isinstance(table, Mapping) else {}
-    if not names or set(names) != set(map(str, range(len(names)))):
-        fields.faults.append("id2label must name the classes 0, 1, 2, …")
-        return ("",)
-    return tuple(str(names[str(n)]) for n in range(len(names)))
 
 
 def vit_names(config: VisionConfig) -> Table:
-    block, stored = "layers.{}.", "vit.encoder.layer.{}."
     return {
         "class_token": To("vit.embeddings.cls_token", "leading", 2),
         "positions.weight": To("vit.embeddings.position_embeddings", "leading", 1),
         "patches.weight": To("vit.embeddings.patch_embeddings.projection.weight", "flat", config.patch_size),
         "patches.bias": "vit.embeddings.patch_embeddings.projection.bias",
-        f"{block}input_layernorm": f"{stored}layernorm_before",
-        f"{block}self_attn.q_proj": f"{stored}attention.attention.query",
-        f"{block}self_attn.k_proj": f"{stored}attention.attention.key",
-        f"{block}self_attn.v_proj": f"{stored}attention.attention.value",
-        f"{block}self_attn.o_proj": f"{stored}attention.output.dense",
-        f"{block}post_attention_layernorm": f"{stored}layernorm_after",
-        f"{block}mlp.up_proj": f"{stored}intermediate.dense",
-        f"{block}mlp.down_proj": f"{stored}output.dense",
+        **block(
+            "vit.encoder.layer.{}.attention", attention="attention.query attention.key attention.value output.dense"
+        ),
+        **block(
+            "vit.encoder.layer.{}", norms="layernorm_before layernorm_after", mlp="intermediate.dense output.dense"
+        ),
         "last_norm": "vit.layernorm",
         "pooler": "vit.pooler.dense",
         "head": "classifier",
@@ -133,7 +95,7 @@ def vit_names(config: VisionConfig) -> Table:
 
 def read_clip(fields: Fields) -> DualConfig:
     fields.only(quantization_config=None)
-    size = fields.count("projection_dim", 512, at_most=d.WIDTH)
+    size = fields.count("projection_dim", 512, at_most=WIDTH)
     text, vision = _part(fields, "text_config", CLIP_TEXT), _part(fields, "vision_config", CLIP_VISION)
     return DualConfig(
         text=replace(read_clip_text(text), head=size), vision=replace(read_clip_vision(vision), head=size)
@@ -141,71 +103,40 @@ def read_clip(fields: Fields) -> DualConfig:
 
 
 def _part(fields: Fields, name: str, defaults: Mapping[str, Any]) -> Fields:
-    """A table within the config over its defaults; old files have a second one, which wins together with the defaults."""
-    part = fields.table(name) if fields.config.get(name) is not None else Fields({}, fields.stored)
-    part.faults = fields.faults
-    later = fields.config.get(f"{name}_dict")
-    part.config = {**defaults, **part.config, **({**defaults, **later} if isinstance(later, Mapping) else {})}
+    """A table within the config; old files have a second one, which wins together with the defaults."""
+    part, later = fields.table(name, defaults), fields.get(f"{name}_dict")
+    part.config = {**part.config, **defaults, **later} if isinstance(later, Mapping) else part.config
     return part
 
 
 def read_clip_text(fields: Fields) -> TextConfig:
     """The text tower: GPT-2's shape with a sigmoid gelu. Alone, with a projection where the files have one."""
-    fields.config = {**CLIP_TEXT, **fields.config}
-    decoder = g.gpt(
-        fields,
-        width="hidden_size",
-        layers="num_hidden_layers",
-        heads="num_attention_heads",
-        inner="intermediate_size",
-        context="max_position_embeddings",
-        activation="hidden_act",
-        eps="layer_norm_eps",
-        default="quick_gelu",
-    )
-    eos = fields.count("eos_token_id")
-    size = fields.count("projection_dim", at_most=d.WIDTH)
+    eos, size = fields.count("eos_token_id"), fields.count("projection_dim", at_most=WIDTH)
     return TextConfig(
-        decoder=replace(decoder, tie_embeddings=True),  # no head over the vocabulary
+        decoder=gpt(fields, tie_embeddings=True),  # no head over the vocabulary
         eos_id=None if eos == 2 else eos,  # 2 is a mistake of the first files, as transformers reads them
         head=size if fields.holds("text_projection.weight", False) else None,
     )
 
 
 def read_clip_vision(fields: Fields) -> VisionConfig:
-    fields.config = {**CLIP_VISION, **fields.config}
-    size = fields.count("projection_dim", at_most=d.WIDTH)
-    return tower(
-        fields,
-        Norm(kind="layer", eps=fields.number("layer_norm_eps")),
-        {"gated": False, "bias": True},
-        attention={"bias": True, "output_bias": True},
-        class_token=True,
-        first_norm=True,
-        last_norm="class",
-        head=size if fields.holds("visual_projection.weight", False) else None,
-    )
+    size = fields.count("projection_dim", at_most=WIDTH)
+    head = size if fields.holds("visual_projection.weight", False) else None
+    return tower(fields, gpt_layer(fields), class_token=True, first_norm=True, last_norm="class", head=head)
 
 
-def _clip_blocks(ours: str, stored: str) -> Table:
-    return {
-        ours: stored,
-        f"{ours}.self_attn.o_proj": f"{stored}.self_attn.out_proj",
-        f"{ours}.input_layernorm": f"{stored}.layer_norm1",
-        f"{ours}.post_attention_layernorm": f"{stored}.layer_norm2",
-        f"{ours}.mlp.up_proj": f"{stored}.mlp.fc1",
-        f"{ours}.mlp.down_proj": f"{stored}.mlp.fc2",
-    }
+def _clip_block(ours: str, stored: str) -> Table:
+    attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj"
+    return block(stored, ours, attention=attention, norms="layer_norm1 layer_norm2", mlp="mlp.fc1 mlp.fc2")
 
 
-def clip_text_names(config: TextConfig) -> Table:
-    return {
-        "decoder.embed_tokens": "text_model.embeddings.token_embedding",
-        "decoder.embed_positions": "text_model.embeddings.position_embedding",
-        **_clip_blocks("decoder.layers.{}", "text_model.encoder.layers.{}"),
-        "decoder.norm": "text_model.final_layer_norm",
-        "head": "text_projection",
-    }
+CLIP_TEXT_NAMES: Table = {
+    "decoder.embed_tokens": "text_model.embeddings.token_embedding",
+    "decoder.embed_positions": "text_model.embeddings.position_embedding",
+    **_clip_block("decoder.layers.{}", "text_model.encoder.layers.{}"),
+    "decoder.norm": "text_model.final_layer_norm",
+    "head": "text_projection",
+}
 
 
 def clip_vision_names(config: VisionConfig) -> Table:
@@ -214,60 +145,58 @@ def clip_vision_names(config: VisionConfig) -> Table:
         "positions": "vision_model.embeddings.position_embedding",
         "patches.weight": To("vision_model.embeddings.patch_embedding.weight", "flat", config.patch_size),
         "first_norm": "vision_model.pre_layrnorm",
-        **_clip_blocks("layers.{}", "vision_model.encoder.layers.{}"),
+        **_clip_block("layers.{}", "vision_model.encoder.layers.{}"),
         "last_norm": "vision_model.post_layernorm",
         "head": "visual_projection",
     }
 
 
 def clip_names(config: DualConfig) -> Table:
-    return {
-        **nested(clip_text_names(config.text), "text.", ""),
-        **nested(clip_vision_names(config.vision), "vision.", ""),
-        "logit_scale": To("logit_scale", "scalar"),
-    }
+    towers = nested(CLIP_TEXT_NAMES, "text.", "") | nested(clip_vision_names(config.vision), "vision.", "")
+    return towers | {"logit_scale": To("logit_scale", "scalar")}
 
 
 # ── Pixtral, LLaVA, Mistral 3 ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_pixtral(fields: Fields) -> VisionConfig:
-    fields.config = {**PIXTRAL, **fields.config}
-    rope = fields.config.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") not in ("axial", "default"):
-        fields.faults.append(f"rope_type {rope['rope_type']!r} is not supported (only 'axial')")
-    rotary = Rotary(theta=fields.number("rope_theta", fields.number("rope_theta", 10_000.0), of=rope))
-    config = tower(fields, Norm(eps=1e-5), {}, attention={}, rotary=rotary, first_norm=True)
-    if config.layers[0].attention.head_dim % 4:
+    rope = fields.table("rope_parameters", {"rope_theta": fields.number("rope_theta", 10_000.0)})
+    rope.choice("rope_type", {"axial": True, "default": True}, "axial")
+    layer = Layer(
+        attention=multi_head(fields),
+        mlp=FeedForward(size=fields.count("intermediate_size", at_most=WIDTH), activation=fields.activation()),
+        norm=Norm(eps=1e-5),
+        rotary=Rotary(theta=rope.number("rope_theta")),
+    )
+    if layer.attention.head_dim % 4:
         fields.faults.append("the width of a head must be a multiple of 4: pairs of it turn by row and by column")
-    return config
+    return tower(fields, layer, first_norm=True)
 
 
 def pixtral_names(config: VisionConfig) -> Table:
-    block, stored = "layers.{}.", "transformer.layers.{}."
     return {
         "patches.weight": To("patch_conv.weight", "flat", config.patch_size),
         "first_norm": "ln_pre",
-        f"{block}input_layernorm": f"{stored}attention_norm",
-        f"{block}self_attn": f"{stored}attention",
-        f"{block}post_attention_layernorm": f"{stored}ffn_norm",
-        f"{block}mlp": f"{stored}feed_forward",
+        "layers.{}.self_attn": "transformer.layers.{}.attention",
+        "layers.{}.mlp": "transformer.layers.{}.feed_forward",
+        **block("transformer.layers.{}", norms="attention_norm ffn_norm"),
     }
 
 
-VISIONS = {"pixtral": (read_pixtral, PIXTRAL), "clip_vision_model": (read_clip_vision, CLIP_VISION)}
+# What a part may be: by model_type its reader and the defaults of its fields.
+Kinds = dict[str, tuple[Callable[[Fields], Any], Mapping[str, Any]]]
+TEXTS: Kinds = {"mistral": (read_mistral, MISTRAL), "llama": (llama, DECODER), "qwen2": (read_qwen2, DECODER)}
+VISIONS: Kinds = {"pixtral": (read_pixtral, PIXTRAL), "clip_vision_model": (read_clip_vision, CLIP_VISION)}
 
 
 def read_llava(fields: Fields) -> VisionLanguageConfig:
     config = _vision_language(fields, state=-2)
-    strategy = fields.config.get("vision_feature_select_strategy", "default")
-    if strategy not in ("default", "full"):
-        fields.faults.append(f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}")
-    if strategy == "default" and not config.vision.class_token:
+    full = fields.choice("vision_feature_select_strategy", {"default": False, "full": True}, "default")
+    if not full and not config.vision.class_token:
         fields.faults.append(
             "vision_feature_select_strategy 'default' drops a class token that this tower doesn't have"
         )
-    return replace(config, class_token=strategy == "full" and config.vision.class_token)
+    return replace(config, class_token=full and config.vision.class_token)
 
 
 def read_mistral3(fields: Fields) -> VisionLanguageConfig:
@@ -282,11 +211,10 @@ def read_mistral3(fields: Fields) -> VisionLanguageConfig:
 
 def _vision_language(fields: Fields, *, state: int, bias: bool = True) -> VisionLanguageConfig:
     fields.only(quantization_config=None)
-    text, vision = _kind(fields, "text_config", TEXTS, "mistral"), _kind(fields, "vision_config", VISIONS, "pixtral")
-    decoder: DecoderConfig = text
-    flags = [fields.flag("tie_word_embeddings", False), decoder.tie_embeddings]
+    text, vision = _kind(fields, "text_config", TEXTS), _kind(fields, "vision_config", VISIONS)
+    flags = [fields.flag("tie_word_embeddings", False), text.tie_embeddings]
     tied = not fields.holds("lm_head.weight", not any(flags))  # the configs contradict themselves, and the files don't
-    states = fields.config.get("vision_feature_layer", state)
+    states = fields.get("vision_feature_layer", state)
     states = tuple(states) if isinstance(states, list) else (states,)
     count = len(vision.layers)
     if not states or not all(type(n) is int and -count - 1 <= n <= count for n in states):
@@ -295,7 +223,7 @@ def _vision_language(fields: Fields, *, state: int, bias: bool = True) -> Vision
     name = "image_token_id" if "image_token_id" in fields.config else "image_token_index"
     return VisionLanguageConfig(
         vision=replace(vision, head=None),
-        text=replace(decoder, tie_embeddings=tied),
+        text=replace(text, tie_embeddings=tied),
         image_token=fields.count(name, 32_000 if state == -2 else 10),
         states=states,
         activation=fields.activation("projector_hidden_act", "gelu"),
@@ -303,11 +231,11 @@ def _vision_language(fields: Fields, *, state: int, bias: bool = True) -> Vision
     )
 
 
-def _kind(fields: Fields, name: str, kinds: Mapping[str, Any], default: str) -> Any:
-    """What a table within the config describes, by its model_type."""
-    table = fields.config.get(name)
+def _kind(fields: Fields, name: str, kinds: Kinds) -> Any:
+    """What a table within the config describes, by its model_type; the first kind where it doesn't say."""
+    table, default = fields.get(name), next(iter(kinds))
     kind = table.get("model_type", default) if isinstance(table, Mapping) else default
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         fields.faults.append(f"{name}.model_type {kind!r} is not supported here (supported: {', '.join(kinds)})")
         kind = default
     read, defaults = kinds[kind]
@@ -318,7 +246,7 @@ def vision_language_names(config: VisionLanguageConfig) -> Table:
     seen = pixtral_names if config.vision.rotary is not None else clip_vision_names
     return {
         **nested(seen(config.vision), "vision.", "vision_tower."),
-        **nested(d.llama_names(config.text), "language.", "language_model."),
+        **nested(LLAMA, "language.", "language_model."),
         "projector": "multi_modal_projector",
         "projector.merge": "multi_modal_projector.patch_merger.merging_layer",
     }

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any, Literal
 
-from ownlm.models.statedict import TYPES, Machine, Ordered, Storage, View, views
+from ownlm.formats.statedict import TYPES, Machine, Ordered, Storage, View, views
 from ownlm.sandbox import Refused
 
 GROWTH = 4  # tensors may share storages, and each is written whole: at most so many times the file

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ownlm.errors import ArtifactError, NotFound
-from ownlm.models.tensorfile import INDEX, Pending, read_header, read_tensors, write_shards, write_tensors
+from ownlm.formats.tensorfile import INDEX, Pending, read_header, read_tensors, write_shards, write_tensors
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from torch.storage import UntypedStorage
 
-from ownlm.models import statedict
-from ownlm.models.statedict import Machine
-from ownlm.models.torchfile import convert
+from ownlm.formats import statedict
+from ownlm.formats.statedict import Machine
+from ownlm.formats.torchfile import convert
 from ownlm.sandbox import Refused
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -192,7 +192,7 @@ REDUCED: dict[str, tuple[Callable[[str], Any], str]] = {
     "numpy": (lambda m: __import__("numpy").arange(3), "numpy"),
     "a namespace of arguments": (lambda m: __import__("argparse").Namespace(lr=1), "argparse.Namespace"),
     "a bound method": (lambda m: Calls("a".join, (["b"],)), r"builtin(s|__)\.getattr"),
-    "a view of the machine itself": (lambda m: Calls(Machine, (b"",)), "ownlm.models.statedict.Machine"),
+    "a view of the machine itself": (lambda m: Calls(Machine, (b"",)), "ownlm.formats.statedict.Machine"),
 }
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ownlm import gguf
 from ownlm.errors import UserError
+from ownlm.formats.ggml_encode import quantize
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.encoder import Encoder, EncoderConfig
 from ownlm.models.families import FAMILIES, from_hf
-from ownlm.models.families.gguf import ARCHITECTURES, Keys
-from ownlm.models.families.gguf_keys import encoder_keys, extra_tensors, write
-from ownlm.models.ggml_encode import quantize
+from ownlm.models.gguf.architectures import ARCHITECTURES, Keys
+from ownlm.models.gguf.keys import encoder_keys, extra_tensors, write
 from ownlm.models.names import Stored, nameless, stored_tensors
 from ownlm.models.rotary import attention_factor, frequencies
 from ownlm.models.specs import Layer, LongRope, Rotary

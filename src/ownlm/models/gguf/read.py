@@ -11,11 +11,11 @@ import torch
 
 from ownlm import gguf
 from ownlm.errors import ArtifactError, UserError
+from ownlm.formats.ggml import DECODERS, PLAIN, Blocks
+from ownlm.formats.tensorfile import Entry
 from ownlm.models.families import from_hf
 from ownlm.models.families.family import Opened, Tensors
-from ownlm.models.families.gguf import ARCHITECTURES, DERIVED, Keys, pooling
-from ownlm.models.ggml import DECODERS, PLAIN, Blocks
-from ownlm.models.tensorfile import Entry
+from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, pooling
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MOST_PARTS = 1000

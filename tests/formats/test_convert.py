@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import ownlm
 from ownlm import sandbox
 from ownlm.errors import ArtifactError, NotFound, UserError
-from ownlm.models.convert import convert
+from ownlm.formats.convert import convert
 from ownlm.models.weights import load_model
 from ownlm.report import Reporter
 
@@ -160,7 +160,7 @@ def test_what_is_there_is_left_alone(pickled: Path, tmp_path: Path) -> None:
 def test_a_child_that_lies_is_caught(pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the child wrote is read as strictly as any file from outside."""
     monkeypatch.setattr(
-        "ownlm.models.convert.run", lambda *_: sandbox.Outcome(report={"tensors": 1}, fault="", guards=("limits",))
+        "ownlm.formats.convert.run", lambda *_: sandbox.Outcome(report={"tensors": 1}, fault="", guards=("limits",))
     )
     with pytest.raises(ArtifactError, match="cut short"):
         convert(pickled, out=tmp_path / "out")

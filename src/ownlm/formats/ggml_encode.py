@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.formats.ggml import CHUNK, PLAIN
 from ownlm.gguf import LAYOUTS
-from ownlm.models.ggml import CHUNK, PLAIN
 
 Encoder: TypeAlias = Callable[[Tensor], Tensor]
 HALF_ROUNDS = 0.49999997  # the number before 0.5: adding it and cutting off rounds halves away from zero, as C's roundf

@@ -1,11 +1,11 @@
 """GGUF's architectures: what the keys of a file mean.
 
-    keys ─► read ─► config.json ─► FAMILIES ─► our config ─► gguf_names: our tensors <-> the file's
-    keys ◄────────── gguf_keys ◄─────────────────────┘
+    keys ─► read ─► config.json ─► FAMILIES ─► our config ─► names.py: our tensors <-> the file's
+    keys ◄─────────── keys.py ◄─────────────────────┘
 
 An architecture reads its keys into the config.json of the family it stands for, so that one place says what a config
 computes. Whether an architecture can hold a config is not listed anywhere: write it, read it back, compare
-(`models/gguf_checkpoint.py`). Source: llama.cpp, src/models/*.cpp and conversion/.
+(`write.py`). Source: llama.cpp, src/models/*.cpp and conversion/.
 """
 
 import math
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ownlm import gguf
 from ownlm.errors import ArtifactError
+from ownlm.formats.ggml import Blocks
 from ownlm.models.families import FAMILIES
-from ownlm.models.families import gguf_names as names
-from ownlm.models.families.gguf_keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
-from ownlm.models.ggml import Blocks
+from ownlm.models.gguf import names
+from ownlm.models.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
 from ownlm.models.names import Table
 from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ownlm.errors import UserError
+from ownlm.formats import ggml
+from ownlm.formats.ggml import Blocks
+from ownlm.formats.ggml_encode import ENCODERS, quantize
 from ownlm.gguf import LAYOUTS
-from ownlm.models import ggml
-from ownlm.models.ggml import Blocks
-from ownlm.models.ggml_encode import ENCODERS, quantize
 
 Numbers = NDArray[np.float32]
 
@@ -164,8 +164,8 @@ def test_numbers_that_a_type_cant_hold() -> None:
 def test_pieces_are_the_whole(type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.from_numpy(numbers("normal", 2**14)).view(4, -1)
     whole = torch.cat(list(quantize(type, tensor)))
-    monkeypatch.setattr("ownlm.models.ggml_encode.CHUNK", 2**11)
-    monkeypatch.setattr("ownlm.models.ggml.CHUNK", 2**11)
+    monkeypatch.setattr("ownlm.formats.ggml_encode.CHUNK", 2**11)
+    monkeypatch.setattr("ownlm.formats.ggml.CHUNK", 2**11)
     pieces = list(quantize(type, tensor))
     assert len(pieces) == 8
     assert torch.equal(torch.cat(pieces), whole)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from ownlm import hub
 from ownlm.errors import ArtifactError, NotFound, UserError
-from ownlm.models.tensorfile import read_header, shard_name, write_index
-from ownlm.models.weights import read_json
+from ownlm.formats.settings import read_json
+from ownlm.formats.tensorfile import read_header, shard_name, write_index
 from ownlm.report import Reporter, quantity, size
 from ownlm.sandbox import Limits, run
 from ownlm.storage import flush, require_space, storage
 
 WHOLE, INDEX, ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
-CHILD = "ownlm.models.torchfile:convert"
+CHILD = "ownlm.formats.torchfile:convert"
 GROWTH = 4  # as the child allows: tensors that share a storage are written one by one
 
 

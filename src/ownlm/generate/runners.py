@@ -1,0 +1,152 @@
+"""How rows become logits: on the native kernels, or on the PyTorch modules wherever those can't run.
+
+A runner keeps the cache. The engine tells it which pages belong to which row and never looks inside.
+Shapes: W wanted tokens of a row, V vocabulary, B rows, T tokens, D hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ownlm.generate.sequence import Row
+from ownlm.kernels.native import PAGE, Batch, NativeDecoder
+from ownlm.models.cache import KVCache
+from ownlm.models.decoder import Decoder
+from ownlm.models.rotary import is_long
+
+
+class Runner(Protocol):
+    """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
+    more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
+    is cut."""
+
+    pages: int
+    page_tokens: int
+    prefill_tokens: int
+    exact: bool
+
+    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+        """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
+        ...
+
+
+class TorchRunner:
+    """The modules themselves, with a cache of slots: a page is a slot, as long as the context."""
+
+    exact = False
+    prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
+
+    def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
+        weight = model.head_weight
+        self.model, self.device = model, weight.device
+        self.pages, self.page_tokens = slots, context
+        self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=weight.dtype, device=weight.device)
+
+    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+        states: dict[int, Tensor] = {}
+        for chosen in self._batches(rows):
+            hidden_BTD = self._forward([rows[index] for index in chosen])
+            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
+                count = len(rows[index].tokens)
+                states[index] = hidden_TD[count - rows[index].wanted : count]
+        # One product for all that is wanted.
+        hidden_WD = torch.cat([states[index] for index in range(len(rows))])
+        logits_WV = self.model.logits(hidden_WD).float()
+        return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
+        """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
+        while order:
+            widest = len(rows[order[-1]].tokens)
+            least = 1 if widest == 1 else 2  # those who write apart from those who read
+            fits = [
+                index for index in order[-max(1, self.prefill_tokens // widest) :] if len(rows[index].tokens) >= least
+            ]
+            order = order[: len(order) - len(fits)]
+            yield sorted(fits, key=lambda index: rows[index].sequence.pages)
+
+    def _forward(self, rows: Sequence[Row]) -> Tensor:
+        width = max(len(row.tokens) for row in rows)
+        padding = [width - len(row.tokens) for row in rows]
+        tokens = [row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)]
+        # Position -1 is padding: the cache doesn't keep it and nobody sees it.
+        positions = [
+            [*range(row.sequence.cached, row.sequence.cached + len(row.tokens)), *[-1] * pad]
+            for row, pad in zip(rows, padding, strict=True)
+        ]
+        tokens_BT = torch.tensor(tokens, device=self.device)
+        hidden_BTD: Tensor = self.model(
+            tokens_BT,
+            positions_BT=torch.tensor(positions, device=self.device),
+            cache=self.cache,
+            slots=torch.tensor([row.sequence.pages[0] for row in rows], device=self.device),
+            embeds_BTD=_embeds(self.model, rows, tokens_BT),
+        )
+        return hidden_BTD
+
+
+class NativeRunner:
+    """The native kernels. `model` is asked for the embedding of tokens beside images."""
+
+    exact = True
+    page_tokens = PAGE
+    prefill_tokens = 512
+
+    def __init__(self, native: NativeDecoder, model: Decoder, *, pages: int) -> None:
+        self.native, self.model, self.pages = native, model, pages
+        self.cache = native.cache(pages)
+        self.rotaries = {layer.rotary for layer in model.config.layers if layer.rotary is not None}
+
+    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+        widest = max(len(row.sequence.pages) for row in rows)
+        pages = np.zeros((len(rows), widest), np.int32)
+        for index, row in enumerate(rows):
+            pages[index, : len(row.sequence.pages)] = row.sequence.pages
+        lengths = [len(row.tokens) for row in rows]
+        starts = np.repeat([row.sequence.cached for row in rows], lengths)
+        within = np.concatenate([np.arange(length) for length in lengths])
+        wanted = within >= np.repeat([len(row.tokens) - row.wanted for row in rows], lengths)
+        batch = Batch(
+            token_R=np.fromiter((token for row in rows for token in row.tokens), np.int32, sum(lengths)),
+            sequence_R=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
+            position_R=(starts + within).astype(np.int32),
+            wanted_R=wanted.astype(np.int32),
+            long_R=np.repeat([self._is_long(row) for row in rows], lengths).astype(np.int32),
+            pages_SP=pages,
+            embeds_RD=self._embeds(rows),
+        )
+        logits_WV, _ = self.native.step(self.cache, batch)
+        assert logits_WV is not None
+        return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def _is_long(self, row: Row) -> bool:
+        return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)
+
+    def _embeds(self, rows: Sequence[Row]) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None":
+        if all(row.sequence.embeds_TD is None for row in rows):
+            return None
+        each = []
+        for row in rows:
+            tokens_1T = torch.tensor([row.tokens])
+            embeds = _embeds(self.model, [row], tokens_1T)
+            each.append((self.model.embed(tokens_1T) if embeds is None else embeds)[0].float())
+        return torch.cat(each).contiguous().numpy()
+
+
+def _embeds(model: Decoder, rows: Sequence[Row], tokens_BT: Tensor) -> Tensor | None:
+    """The vectors of these tokens, where some of a prompt's come from images."""
+    given = {
+        index: row.sequence.embeds_TD[row.sequence.cached :][: len(row.tokens)]
+        for index, row in enumerate(rows)
+        if row.sequence.embeds_TD is not None and row.sequence.cached < len(row.sequence.embeds_TD)
+    }
+    if not given:
+        return None
+    embeds_BTD = model.embed(tokens_BT).clone()
+    for index, embeds_TD in given.items():
+        embeds_BTD[index, : len(embeds_TD)] = embeds_TD
+    return embeds_BTD

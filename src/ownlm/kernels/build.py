@@ -1,0 +1,78 @@
+"""Compile the kernels: one shared library with a plain C interface, from the C++ beside this file.
+
+The package's own build does it at installation; where that was not possible (a source tree, another processor), `library.py`
+does it on first use. Needs nothing but the standard library, so that the package's build can import it alone.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "cpu"
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+# One object for each instruction set; which of them runs is decided when the library is loaded.
+X86 = {
+    "isa_avx512": (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "bf16"))),
+    "isa_avxvnni": (*AVX2, "-mavxvnni"),
+    "isa_avx2": AVX2,
+}
+COMMON = {"isa_plain": (), "step": (), "pack": (), "api": ()}
+
+
+def is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def compiler() -> str | None:
+    """The C++ compiler's path: `$CXX`, g++, clang++ or c++."""
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))),
+        None,
+    )
+
+
+def file_name() -> str:
+    """The library's name holds a hash of all it was made from, so that one of other sources is never taken for it."""
+    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine())).encode())
+    for path in (Path(__file__), *sorted(SOURCES.iterdir())):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"kernels-{digest.hexdigest()[:16]}.so"
+
+
+def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
+    """Compile into `folder` and return the library's path. Raises OSError or CalledProcessError with the compiler's words."""
+    gxx = compiler()
+    if gxx is None:
+        raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
+    units = {**(X86 if is_x86() else {}), **COMMON}
+    define = ("-DOWNLM_X86",) if is_x86() else ()
+    out = folder / file_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def compile_unit(unit: str) -> str:
+            target = f"{scratch}/{unit}.o"
+            command = [gxx, *FLAGS, *define, *units[unit], *extra, "-c", str(SOURCES / f"{unit}.cpp"), "-o", target]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_unit, units))
+        partial = out.with_name(f"{out.name}.{os.getpid()}")
+        try:
+            subprocess.run(
+                [gxx, "-shared", *extra, "-o", str(partial), *objects, "-lpthread"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    return out

@@ -1,0 +1,201 @@
+// The C interface: what native.py calls through ctypes. Every function that can fail gives 0 when it went well.
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <new>
+#include <string>
+
+#include "model.h"
+
+using namespace ownlm;
+
+namespace {
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> found;
+#ifdef OWNLM_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        found.push_back(&avx512_kernels);
+    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
+    if (avx2) found.push_back(&avx2_kernels);
+#endif
+    found.push_back(&plain_kernels);
+    return found;
+}
+
+// One team for each number of threads, kept for the life of the process; a step has it to itself.
+struct Team {
+    explicit Team(int size) : pool(size) {}
+    Pool pool;
+    std::mutex busy;
+};
+
+Team& team(int threads) {
+    static std::mutex mutex;
+    static auto& teams = *new std::map<int, std::unique_ptr<Team>>();  // never torn down: its threads may outlive main
+    std::lock_guard lock(mutex);
+    auto& found = teams[threads];
+    if (!found) found = std::make_unique<Team>(threads);
+    return *found;
+}
+
+struct Handle {
+    Model model;
+    Team* team;
+};
+
+enum VectorSlot { INPUT_NORM, ATTENTION_NORM, POST_NORM, MLP_NORM, Q_NORM, K_NORM, SINKS, FINAL_NORM, POSITIONS };
+enum MatrixSlot { QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD };
+
+const float* keep(Model& model, const float* values, int64_t count) {
+    model.vectors.push_back(std::make_unique<float[]>(count));
+    std::memcpy(model.vectors.back().get(), values, count * sizeof(float));
+    return model.vectors.back().get();
+}
+
+Packed& matrix(Model& model, int layer, int slot, int expert) {
+    if (slot == EMBED) return model.embed;
+    if (slot == HEAD) return model.head;
+    Layer& l = model.layers[layer];
+    if (slot == QKV) return l.qkv;
+    if (slot == OUT) return l.o;
+    if (slot == ROUTER) return l.router;
+    if (l.mlp.size() <= size_t(expert)) l.mlp.resize(expert + 1);
+    return slot == UP ? l.mlp[expert].up : l.mlp[expert].down;
+}
+
+Norm& norm_of(Model& model, int layer, int slot) {
+    if (slot == FINAL_NORM) return model.norm;
+    Layer& l = model.layers[layer];
+    Norm* norms[] = {&l.input, &l.attention_out, &l.post_attention, &l.mlp_out, &l.q, &l.k};
+    return *norms[slot];
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The instruction sets this processor has, best first, separated by spaces.
+const char* ownlm_instruction_sets() {
+    static const std::string names = [] {
+        std::string all;
+        for (auto* kernels : supported()) all += (all.empty() ? "" : " ") + std::string(kernels->name);
+        return all;
+    }();
+    return names.c_str();
+}
+
+void* ownlm_new(const ModelSpec* spec, const char* instruction_set, int threads) try {
+    auto handle = std::make_unique<Handle>();
+    Model& model = handle->model;
+    for (auto* kernels : supported())
+        if (!std::strcmp(kernels->name, instruction_set)) model.kernels = kernels;
+    if (!model.kernels) return nullptr;
+    handle->team = &team(threads);
+    model.pool = &handle->team->pool;
+    model.spec = *spec;
+    model.layers.resize(spec->layers);
+    model.rotaries.resize(spec->rotaries);
+    return handle.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void ownlm_delete(void* handle) { delete (Handle*)handle; }
+
+void ownlm_layer(void* handle, int layer, const LayerSpec* spec) { ((Handle*)handle)->model.layers[layer].spec = *spec; }
+
+void ownlm_rotary(void* handle, int index, int half, int rows, const float* cos, const float* sin, const float* long_cos, const float* long_sin) {
+    Model& model = ((Handle*)handle)->model;
+    const int64_t count = int64_t(half) * rows;
+    Rotary& rotary = model.rotaries[index];
+    rotary.half = half, rotary.rows = rows;
+    rotary.cos = keep(model, cos, count), rotary.sin = keep(model, sin, count);
+    rotary.long_cos = long_cos ? keep(model, long_cos, count) : rotary.cos;
+    rotary.long_sin = long_sin ? keep(model, long_sin, count) : rotary.sin;
+}
+
+// A norm with its weight (count) and bias (count, or none), the sinks of a layer, or the table of learned positions.
+void ownlm_vector(void* handle, int layer, int slot, int64_t count, const float* weight, const float* bias, float eps, int centred) {
+    Model& model = ((Handle*)handle)->model;
+    if (slot == SINKS) model.layers[layer].sinks = keep(model, weight, count);
+    else if (slot == POSITIONS) model.learned_positions = keep(model, weight, count);
+    else norm_of(model, layer, slot) = {keep(model, weight, count), bias ? keep(model, bias, count) : nullptr, eps, centred != 0};
+}
+
+int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n, int k, const float* bias) try {
+    Packed& packed = matrix(((Handle*)handle)->model, layer, slot, expert);
+    allocate(packed, Kind(kind), n, k);
+    if (bias) {
+        packed.bias_values.assign(packed.padded(), 0.0f);
+        std::copy(bias, bias + n, packed.bias_values.begin());
+        packed.bias = packed.bias_values.data();
+    }
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// Fill rows [first, first + count). `source`: 0 floats, 1 bf16, 2 codes with scales.
+void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
+    Handle* h = (Handle*)handle;
+    Packed& packed = matrix(h->model, layer, slot, expert);
+    std::lock_guard lock(h->team->busy);
+    Pool& pool = h->team->pool;
+    // Threads take whole tiles, for two rows of a tile share its bytes.
+    const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
+    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
+                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
+    pool.run([&](int id) {
+        Member(pool, id).split(tiles, [&](int t0, int t1) {
+            const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
+            const uint8_t* from = (const uint8_t*)values + r0 * width;
+            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
+            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
+            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
+        });
+    });
+}
+
+void ownlm_tie(void* handle) { ((Handle*)handle)->model.tied = true; }
+
+int64_t ownlm_bytes(void* handle) { return int64_t(((Handle*)handle)->model.bytes()); }
+
+void* ownlm_cache_new(void* handle, int pages) try {
+    return new Cache(((Handle*)handle)->model.spec, pages);
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void ownlm_cache_delete(void* cache) { delete (Cache*)cache; }
+
+int ownlm_step(void* handle, void* cache, const Rows* rows) try {
+    Handle* h = (Handle*)handle;
+    std::lock_guard lock(h->team->busy);
+    h->model.step(*(Cache*)cache, *rows);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// A token for each of `rows` rows of n logits that stand `stride` floats apart, on the threads of the team.
+void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int64_t stride, const float* logits, const float* temperature,
+                  const double* uniform, int32_t* ids, float* logprobs) {
+    const Kernels* kernels = supported().back();
+    for (auto* each : supported())
+        if (!std::strcmp(each->name, instruction_set)) kernels = each;
+    Team& all = team(threads);
+    std::lock_guard lock(all.busy);
+    const auto choose = [&](int from, int to) {
+        for (int r = from; r < to; r++) kernels->choose(logits + r * stride, n, temperature[r], uniform[r], ids + r, logprobs + r);
+    };
+    if (rows == 1) return choose(0, 1);
+    all.pool.run([&](int id) { Member(all.pool, id).split(rows, choose); });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,4 @@
+#define ISA avx512
+#include "vec_avx512.h"
+
+#include "kernels.inc"

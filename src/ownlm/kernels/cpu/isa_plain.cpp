@@ -1,0 +1,4 @@
+#define ISA plain
+#include "vec_plain.h"
+
+#include "kernels.inc"

@@ -1,0 +1,79 @@
+// What a step of a decoder is made of, as one table of functions for each instruction set. step.cpp calls through it.
+#pragma once
+#include <vector>
+
+#include "layout.h"
+
+namespace ownlm {
+
+enum Activation : int32_t { SILU = 0, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2 };
+
+struct Norm {
+    const float* weight = nullptr;  // none: there is no norm
+    const float* bias = nullptr;
+    float eps = 0;
+    bool centred = false;  // LayerNorm; otherwise RMSNorm
+};
+
+struct Gate {
+    Activation activation = SILU;
+    bool gated = true;
+    float limit = 0, up_offset = 0;  // limit 0: none
+};
+
+// Attention of one layer: everything but who asks.
+struct Heads {
+    int heads = 0, kv_heads = 0, d = 0;  // d: head width
+    float scale = 1, softcap = 0;        // softcap 0: none
+    int window = 0;                      // 0: none
+    const float* sinks = nullptr;
+};
+
+// The cache of one layer. A page's keys of head h begin at keys + (page * page_stride + h * head_stride) * element size.
+struct Pages {
+    const void *keys = nullptr, *values = nullptr;
+    size_t page_stride = 0, head_stride = 0;
+    bool bf16 = true;
+};
+
+// Rows [first, first + count) of one sequence at successive positions, asking with heads [head, head + group) of one key head.
+struct Query {
+    const float* q = nullptr;  // of the first row and head
+    float* out = nullptr;      // likewise
+    size_t q_stride = 0, out_stride = 0;
+    int count = 0, position = 0, head = 0, group = 0;
+    const int32_t* pages = nullptr;  // the sequence's page numbers
+};
+
+struct Scratch {
+    std::vector<float> keys, values, scores, out, most, total;
+};
+
+struct Kernels {
+    const char* name;
+    // Put columns of groups [g0, g1) of a row of x (padded with zeros to whole groups) where a matrix of `kind` reads them.
+    void (*prepare)(Kind kind, const float* x, int row, int g0, int g1, Input& in);
+    // y[row][output] = (or +=) W x + bias for tiles [t0, t1); rows of y stand `stride` apart.
+    void (*matmul)(const Matrix& w, const Input& in, int rows, float* y, size_t stride, bool add, int t0, int t1);
+    void (*norm)(const Norm& norm, const float* x, int n, float* out);
+    // out = act(gate) * up over n columns (a multiple of 16 is touched).
+    void (*activate)(const Gate& spec, const float* gate, const float* up, int n, float* out);
+    // Turn the pairs (x[i], x[i + half]) of a head by the angle of cos[i], sin[i].
+    void (*rotate)(float* x, const float* cos, const float* sin, int half);
+    // Keep a head's key and value at place `slot` of their page.
+    void (*keep)(const Pages& pages, size_t offset, int slot, const float* key, const float* value, int d);
+    void (*attend)(const Heads& heads, const Pages& pages, int kv_head, const Query& query, Scratch& scratch);
+    // The K inputs of output n, as floats (an embedding).
+    void (*read_row)(const Matrix& w, int n, float* out);
+    // A token of n logits: the largest where temperature is 0, else the one at which the running sum of exp(x / temperature)
+    // passes uniform * total. With its log-probability at temperature 1.
+    void (*choose)(const float* x, int n, float temperature, double uniform, int32_t* id, float* logprob);
+    void (*softcap)(float* x, size_t n, float scale, float cap);
+};
+
+extern const Kernels plain_kernels;
+#ifdef OWNLM_X86
+extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
+#endif
+
+}  // namespace ownlm

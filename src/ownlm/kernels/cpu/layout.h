@@ -1,0 +1,61 @@
+// How weights, activations and the cache lie in memory. Shared by every instruction set; sizes are in elements unless told.
+//
+// Weights. A matrix of N outputs and K inputs is cut into tiles of 16 outputs; a tile is a run of groups of 32 inputs, read
+// front to back. One copy serves decoding, batched decoding and prefill. A group holds, for its 16 rows x 32 columns:
+//   F32    for each column:           16 floats
+//   BF16   for each pair of columns:  16 rows x 2
+//   INT8   16 scales (half precision), then for each four columns: 16 rows x 4 bytes, value = (byte - 128) * scale
+//   INT4   16 scales, then for each c in 0..3: 16 rows x 4 bytes; the low half is column 4c + i, the high half 16 + 4c + i,
+//          value = (half - 8) * scale
+//
+// Activations. Rows are cut into blocks of 8; a block is a run of groups of 8 rows x 32 columns, in the type the weights ask
+// for: floats, bf16, or int8 with a scale for each row of the group (its largest magnitude / 127).
+//
+// Cache. A page holds PAGE positions of one sequence for all layers and heads: keys as (d, PAGE), so that one query meets
+// 16 positions at a time, values as (PAGE, d).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ownlm {
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+constexpr int TILE = 16, GROUP = 32, BLOCK = 8, PAGE = 32;
+
+constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+constexpr size_t group_bytes(Kind kind) {
+    switch (kind) {
+        case F32: return TILE * GROUP * 4;
+        case BF16: return TILE * GROUP * 2;
+        case INT8: return TILE * 2 + TILE * GROUP;
+        default: return TILE * 2 + TILE * GROUP / 2;
+    }
+}
+
+// Bytes of one group of a block of activations, without scales.
+constexpr size_t input_bytes(Kind kind) { return size_t(BLOCK) * GROUP * (kind == F32 ? 4 : kind == BF16 ? 2 : 1); }
+
+struct Matrix {
+    uint8_t* tiles = nullptr;
+    const float* bias = nullptr;  // N, or none
+    Kind kind = F32;
+    int n = 0, k = 0;
+
+    int groups() const { return (k + GROUP - 1) / GROUP; }
+    int tile_count() const { return (n + TILE - 1) / TILE; }
+    size_t tile_bytes() const { return groups() * group_bytes(kind); }
+    size_t bytes() const { return tile_count() * tile_bytes(); }
+    int padded() const { return round_up(n, TILE); }  // outputs as they are written
+};
+
+// Activations on their way into a matrix. `zero` is what an instruction that reads weights as unsigned adds too much, negated.
+struct Input {
+    uint8_t* data = nullptr;
+    float* scale = nullptr;  // [block][group][BLOCK]
+    int32_t* zero = nullptr;
+    int groups = 0;
+};
+
+}  // namespace ownlm

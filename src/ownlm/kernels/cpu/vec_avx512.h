@@ -1,0 +1,58 @@
+// 16 lanes on AVX-512 with VNNI and BF16.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ownlm::ISA {
+
+struct vf { __m512 v; };   // 16 floats
+struct vi { __m512i v; };  // 16 int32
+struct vb { __m512i v; };  // 64 bytes
+
+constexpr bool UNSIGNED_INT8 = true;  // products read int8 weights as byte = value + 128
+
+inline vf zero() { return {_mm512_setzero_ps()}; }
+inline vf set1(float x) { return {_mm512_set1_ps(x)}; }
+inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
+inline vf round(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline vf pow2(vf whole) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), whole.v)}; }
+inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(vf a) { return _mm512_reduce_max_ps(a.v); }
+inline vf from_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline vf from_bf16(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline void to_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Rounds to int8 and gives back the sum of the 16.
+inline int32_t to_int8(int8_t* p, vf a) {
+    __m512i whole = _mm512_cvtps_epi32(a.v);
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(whole));
+    return _mm512_reduce_add_epi32(whole);
+}
+
+inline vi ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline vb load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline vb low_halves(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline vb high_halves(vb a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// Lane r: acc + sum over i of weight byte [r][i] * x[i], for the four bytes of x.
+inline vi dot_int8(vi acc, vb weights, int32_t x) { return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))}; }
+inline vi dot_int4(vi acc, vb weights, int32_t x) { return dot_int8(acc, weights, x); }
+// Lane r: acc + weights [r][0] * x[0] + weights [r][1] * x[1], all bf16.
+inline vf dot_bf16(vf acc, vb weights, int32_t x) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)weights.v, (__m512bh)_mm512_set1_epi32(x))};
+}
+inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+}  // namespace ownlm::ISA

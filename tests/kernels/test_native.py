@@ -1,0 +1,112 @@
+"""The native step against the PyTorch modules it was packed from, for every decoder there is a reference of."""
+
+import numpy as np
+import pytest
+import torch
+from references import CONFIGS, difference, make_loud
+from torch import Tensor
+
+from ownlm.kernels import library
+from ownlm.kernels.native import PAGE, Batch, Kind, NativeDecoder, unsupported
+from ownlm.models.decoder import Decoder
+from ownlm.models.families import from_hf
+
+pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
+LENGTH = 160
+BAR = 1e-4
+
+
+def decoder(name: str) -> Decoder:
+    config, family = from_hf(CONFIGS[name])
+    model = family.build(config, CONFIGS[name])
+    make_loud(model)
+    assert isinstance(model, Decoder)
+    return model.eval()
+
+
+def batch(
+    tokens: Tensor, positions: range, sequence: int, pages_SP: np.ndarray, *, wanted: str = "all", long: bool = False
+) -> Batch:
+    count = len(positions)
+    return Batch(
+        token_R=tokens[positions.start : positions.stop].numpy().astype(np.int32),
+        sequence_R=np.full(count, sequence, np.int32),
+        position_R=np.arange(positions.start, positions.stop, dtype=np.int32),
+        wanted_R=np.ones(count, np.int32) if wanted == "all" else np.zeros(count, np.int32),
+        long_R=np.full(count, long, np.int32),
+        pages_SP=pages_SP,
+    )
+
+
+def shuffled_pages(sequences: int, length: int) -> np.ndarray:
+    """Page tables in which no sequence's pages are neighbours."""
+    each = -(-length // PAGE)
+    return np.random.default_rng(0).permutation(sequences * each).reshape(sequences, each).astype(np.int32)
+
+
+def logits(native: NativeDecoder, tokens: Tensor, pieces: list[int], *, long: bool = False) -> Tensor:
+    """Of all tokens, read in pieces of the given lengths."""
+    pages = shuffled_pages(2, len(tokens))
+    cache, out, at = native.cache(pages.size), [], 0
+    for piece in pieces:
+        found, _ = native.step(cache, batch(tokens, range(at, at + piece), 1, pages, long=long))
+        assert found is not None
+        out.append(found)
+        at += piece
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("instruction_set", library.instruction_sets())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_modules(name: str, instruction_set: str) -> None:
+    model = decoder(name)
+    assert unsupported(model) is None
+    tokens = torch.randint(model.config.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        reference = model.logits(model(tokens[None]))[0]
+    native = NativeDecoder(model, "f32", instruction_set=instruction_set)
+    # A long prompt in uneven pieces, then token by token.
+    ours = logits(native, tokens, [90, 37, 1, 9, *[1] * 23], long=True)
+    assert difference(ours, reference) <= BAR, name
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "gpt-oss"])
+def test_every_instruction_set_gives_the_same_quantised_logits(name: str, kind: Kind) -> None:
+    model = decoder(name)
+    tokens = torch.randint(model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
+    first, *others = [
+        logits(NativeDecoder(model, kind, instruction_set=each), tokens, [33, 7]) for each in library.instruction_sets()
+    ]
+    for other in others:
+        # Sums in another order now and then round an activation to its neighbour, which loud weights make visible.
+        cosine = torch.nn.functional.cosine_similarity(first, other, dim=-1)
+        assert cosine.min() > 0.99, (name, kind, cosine.min())
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int8", "int4"])
+def test_a_row_does_not_depend_on_its_neighbours(kind: Kind) -> None:
+    model = decoder("mixtral")
+    native = NativeDecoder(model, kind)
+    tokens = torch.randint(model.config.vocab_size, (50,), generator=torch.Generator().manual_seed(1))
+    alone = logits(native, tokens, [50])
+    by_one = logits(native, tokens, [1] * 50)
+    assert torch.equal(alone, by_one)
+    pages = shuffled_pages(9, 50)
+    cache = native.cache(pages.size)
+    for at in range(50):  # nine sequences, each a token behind the one before
+        rows = [(sequence, at - sequence) for sequence in range(9) if at - sequence >= 0]
+        found, _ = native.step(
+            cache,
+            Batch(
+                token_R=np.array([int(tokens[position]) for _, position in rows], np.int32),
+                sequence_R=np.array([sequence for sequence, _ in rows], np.int32),
+                position_R=np.array([position for _, position in rows], np.int32),
+                wanted_R=np.ones(len(rows), np.int32),
+                long_R=np.zeros(len(rows), np.int32),
+                pages_SP=pages,
+            ),
+        )
+        assert found is not None
+        for row, (_, position) in zip(found, rows, strict=True):
+            assert torch.equal(row, alone[position])
