@@ -76,8 +76,10 @@ def forms() -> list[tuple[Kind, str]]:
             "", "start: start", "start: start start", "start: start | ", "start: a\na: b\nb: a", "start: undefined", "s: 'x'",
             "start: /((((/", "start: /(a?){9000}a{9000}/", 'start: "a"*', "start: a* b*\na: b*\nb: a*", 'start: "x"~1000000',
             'start: a a a a a\na: b b b b b\nb: c c c c c\nc: "x"?', "%import common.NUMBER\nstart: NUMBER", "%ignore /(/\nstart: \"a\"",
-            "start: %json { }", 'start: %json {"type": "array", "items": {"$ref": "#"}}', "start: <|endoftext|>", "start[max_tokens=0]: /.*/",
-            "start: /.*/ /.*/ /.*/ /.*/", "start: ((((((((((a))))))))))\na: \"x\"", 'start: "\ud800"',
+            "start: %json { }", 'start: %json {"type": "array", "items": {"$ref": "#"}}', "start: <|endoftext|>",
+            "start[max_tokens=0]: /.*/",
+            "start: /.*/ /.*/ /.*/ /.*/",
+            "start: ((((((((((a))))))))))\na: \"x\"", 'start: "\ud800"',
         )
     ]  # fmt: skip
     found += [
