@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.drafts import Costs, Echoes
 from ownlm.generate.engine import Engine
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
@@ -275,3 +276,55 @@ def test_the_tenant_with_the_fewest_answers_and_the_smallest_priority_go_first()
         engine.add([65], sampling, tenant=tenant, priority=priority)
     engine.step()
     assert [sequence.request for sequence in engine.running] == [4, 3, 0]
+
+
+@pytest.mark.skipif(RUNNERS[-1] != "native", reason="no native kernels here")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_speculation_gives_the_same_text_in_fewer_steps(temperature: float) -> None:
+    """Stronger than an equal distribution: the very same tokens, log-probabilities and ends."""
+
+    def engine(speculate: bool) -> Engine:
+        runner = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=40)
+        made = Engine(MODEL.decoder, MODEL.tokenizer, slots=4, runner=runner, speculate=speculate)
+        made.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]
+        made.costs.seconds = dict.fromkeys(range(40), 1.0)  # rows for nothing: drafts always pay
+        return made
+
+    requests = [
+        # A strong bias makes answers repeat themselves, which is what drafts live from.
+        (
+            PROMPTS[2] * 2,
+            Sampling(
+                max_tokens=60 + index,
+                temperature=temperature,
+                seed=index,
+                logit_bias=((70, 6.0), (71, 6.0)),
+                stop_ids=frozenset(),
+                top_k=3 if index == 1 else None,
+            ),
+        )
+        for index in range(3)
+    ]
+    plain, drafting = engine(False), engine(True)
+    one, other = run(plain, requests), run(drafting, requests)
+    assert {key: [event.token for event in events] for key, events in one.items()} == {
+        key: [event.token for event in events] for key, events in other.items()
+    }
+    assert plain.drafted_tokens == 0
+    assert 0 < drafting.accepted_tokens <= drafting.drafted_tokens
+    assert drafting.pool.usage == 0
+
+
+def test_drafts_are_what_followed_before_and_only_where_they_pay() -> None:
+    said = Echoes()
+    assert said.find([1, 2, 3], 4) == []
+    assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3], 2) == [9, 8]
+    assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3, 5, 1, 2, 3], 4) == [5, 1, 2, 3]  # where it stood last
+    costs = Costs()
+    assert costs.length(1, 0.9) == 0  # nothing known of a step without a draft
+    costs.seconds = {1: 1.0, 3: 1.1, 5: 1.2, 8: 4.0}
+    assert costs.length(1, 0.9) == 4
+    assert costs.length(1, 0.05) == 0
+    for _ in range(60):
+        said.learn(4, 0)
+    assert said.share < 0.01

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.drafts import Costs
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, TorchRunner
@@ -40,6 +41,7 @@ class Engine:
     context         positions of a sequence: prompt and answer together
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
+    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Engine:
         context: int | None = None,
         prefill_tokens: int | None = None,
         runner: Runner | None = None,
+        speculate: bool | None = None,
     ) -> None:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
@@ -61,7 +64,9 @@ class Engine:
         self.device = model.head_weight.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.pace = Pace()
+        self.speculate = self.runner.exact if speculate is None else speculate
+        self.pace, self.costs = Pace(), Costs()
+        self.drafted_tokens = self.accepted_tokens = 0
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
@@ -140,7 +145,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """The events of one step: at most one new token per running answer."""
+        """The events of one step: a new token per running answer, or several where a draft came true."""
         rows = self._schedule()
         logits = self._run(rows)
         return self._commit(rows, logits)
@@ -150,8 +155,9 @@ class Engine:
     def _schedule(self) -> list[Row]:
         """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
         rows: list[Row] = []
-        for sequence in sorted((each for each in self.running if each.writing), key=lambda each: each.rank):
-            self._add_row(rows, sequence, 1)
+        writing = sorted((each for each in self.running if each.writing), key=lambda each: each.rank)
+        for sequence in writing:
+            self._add_row(rows, sequence, 1, self._draft(sequence, len(writing)))
         budget = self.prefill_tokens
         if rows and self.runner.exact:
             budget = min(budget, self.pace.prompt_tokens())
@@ -198,15 +204,22 @@ class Engine:
         long = any(is_long(layer.rotary, len(sequence.known)) for layer in self.model.config.layers if layer.rotary)
         return f"{int(long)}{sequence.tenant}".encode()
 
-    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int) -> int:
-        """Add a row of at most `budget` tokens; how many there are: none where no page is left for it."""
+    def _draft(self, sequence: Sequence, rows: int) -> list[int]:
+        """What this answer may say next, no longer than it may become."""
+        room = sequence.limit - sequence.new_tokens - 1
+        length = self.costs.length(rows, sequence.said.share) if self.speculate else 0
+        return sequence.said.find(sequence.known, min(length, room)) if length and room > 0 else []
+
+    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: SequenceOf[int] = ()) -> int:
+        """Add a row of at most `budget` tokens and the draft; how many it reads: none where no page is left for it."""
         if sequence not in self.running or budget <= 0:
             return 0
         tokens = sequence.known[sequence.cached : sequence.cached + budget]
-        if not self._grow(sequence, sequence.cached + len(tokens)):
+        if not self._grow(sequence, sequence.cached + len(tokens) + len(draft)):
             return 0
         completes = sequence.cached + len(tokens) == len(sequence.known)
-        rows.append(Row(sequence, tokens, len(tokens) if sequence.echoes else int(completes)))
+        wanted = len(tokens) if sequence.echoes else int(completes) + len(draft)
+        rows.append(Row(sequence, [*tokens, *draft], wanted, len(draft)))
         return len(tokens)
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
@@ -246,40 +259,66 @@ class Engine:
             return []
         began = time.perf_counter()
         logits = self.runner.run(rows)
-        self.pace.saw(
-            sum(row.sequence.writing for row in rows),
-            sum(len(row.tokens) for row in rows if not row.sequence.writing),
-            time.perf_counter() - began,
-        )
+        seconds = time.perf_counter() - began
+        writing = sum(len(row.tokens) for row in rows if row.sequence.writing)
+        reading = sum(len(row.tokens) for row in rows if not row.sequence.writing)
+        self.pace.saw(writing, reading, seconds)
+        if not reading:
+            self.costs.saw(writing, seconds)
         return logits
 
     # ---- commit
 
     def _commit(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
         """Sample for the rows whose known tokens are all read, and tell what became of each."""
-        ready: list[tuple[Sequence, Tensor]] = []
+        ready: list[tuple[Row, Tensor]] = []
         for row, logits_WV in zip(rows, logits, strict=True):
             sequence = row.sequence
             if sequence.echoes:
                 self._echo(row, logits_WV)
             if row.completes:
-                ready.append((sequence, logits_WV[-1]))
-            sequence.cached += len(row.tokens)
-            self._publish(sequence)
-        if not ready:
-            return []
-        events, allowed = self._allowed([sequence for sequence, _ in ready])
-        ready = [(sequence, logits_V) for sequence, logits_V in ready if sequence in allowed]
-        if not ready:
-            return events
+                ready.append((row, logits_WV[-row.drafted - 1 :]))
+            sequence.cached += row.known
+        events: list[Event] = []
+        for place in itertools.count():
+            if not ready:
+                break
+            ended, allowed = self._allowed([row.sequence for row, _ in ready])
+            ready = [(row, logits_WV) for row, logits_WV in ready if row.sequence in allowed]
+            events += ended
+            if ready:
+                new, ready = self._choose(ready, place, allowed)
+                events += new
+        for row in rows:
+            self._publish(row.sequence)
+        return events
+
+    def _choose(
+        self, ready: list[tuple[Row, Tensor]], place: int, allowed: dict[Sequence, Tensor | None]
+    ) -> tuple[list[Event], list[tuple[Row, Tensor]]]:
+        """A token for each at this place of its draft; and those rows whose draft foretold it, for the next place."""
+        sequences = [row.sequence for row, _ in ready]
         tokens = sample(
-            torch.stack([logits_V for _, logits_V in ready]),
-            [sequence.sampling for sequence, _ in ready],
-            [sequence.generator for sequence, _ in ready],
-            [(sequence.known, sequence.prompt_tokens) for sequence, _ in ready],
-            [allowed[sequence] for sequence, _ in ready],
+            torch.stack([logits_WV[place] for _, logits_WV in ready]),
+            [sequence.sampling for sequence in sequences],
+            [sequence.generator for sequence in sequences],
+            [(sequence.known, sequence.prompt_tokens) for sequence in sequences],
+            [allowed[sequence] for sequence in sequences],
         )
-        return events + [self._advance(sequence, token) for (sequence, _), token in zip(ready, tokens, strict=True)]
+        events, foretold = [], []
+        for (row, logits_WV), token in zip(ready, tokens, strict=True):
+            event = self._advance(row.sequence, token)
+            events.append(event)
+            came_true = place < row.drafted and token.id == row.tokens[row.known + place]
+            if came_true and not event.finish_reason:
+                row.sequence.cached += 1  # its key and value stand there already
+                foretold.append((row, logits_WV))
+            elif row.drafted:
+                accepted = place + came_true
+                row.sequence.said.learn(row.drafted, accepted)
+                self.drafted_tokens += row.drafted
+                self.accepted_tokens += accepted
+        return events, foretold
 
     def _allowed(self, sequences: SequenceOf[Sequence]) -> tuple[list[Event], dict[Sequence, Tensor | None]]:
         """What each may choose from; and the ends of those whose form has become too complex to go on."""

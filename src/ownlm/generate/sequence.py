@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ownlm.generate.drafts import Echoes
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
@@ -51,6 +52,7 @@ class Sequence:
     stop_text: StopText
     matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
+    said: Echoes = field(default_factory=Echoes)
     tenant: str = ""
     priority: int = 0
     pages: list[int] = field(default_factory=list)
@@ -101,13 +103,19 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one sequence to run now; the first stands at position `sequence.cached`. The logits of the last `wanted` are
-    asked for."""
+    asked for. The last `drafted` of them are guesses of what comes next."""
 
     sequence: Sequence
     tokens: list[int]
     wanted: int
+    drafted: int = 0
+
+    @property
+    def known(self) -> int:
+        """How many of the tokens are known and not guessed."""
+        return len(self.tokens) - self.drafted
 
     @property
     def completes(self) -> bool:
-        """True when the last token's logits choose a new token."""
-        return self.sequence.cached + len(self.tokens) == len(self.sequence.known)
+        """True when the last known token's logits choose a new token."""
+        return self.sequence.cached + self.known == len(self.sequence.known)
