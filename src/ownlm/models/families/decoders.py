@@ -10,8 +10,8 @@ from typing import Any
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.families.fields import FULL, LOCAL, Fields
 from ownlm.models.families.heads import kind_of, task_head
-from ownlm.models.families.layers import HEADS, NOTHING, WIDTH, Spec, block, decoder, gpt_layer, llama_layer
-from ownlm.models.names import Table, To
+from ownlm.models.families.layers import HEADS, NOTHING, WIDTH, Spec, decoder, gpt_layer, llama_layer
+from ownlm.models.names import Table, To, block
 from ownlm.models.specs import Experts, Layer, Norm, Rotary
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from ownlm.models.encoder import EncoderConfig
 from ownlm.models.families.fields import Fields
 from ownlm.models.families.heads import TASKS, kind_of, task_head
-from ownlm.models.families.layers import block, gpt_layer, repeated
-from ownlm.models.names import Table, nested
+from ownlm.models.families.layers import gpt_layer, repeated
+from ownlm.models.names import Table, block, nested
 from ownlm.models.specs import Activation, Head, Task
 
 

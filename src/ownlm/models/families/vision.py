@@ -8,8 +8,8 @@ from ownlm.models.dual import DualConfig, TextConfig
 from ownlm.models.families.decoders import LLAMA, gpt, llama, read_mistral, read_qwen2
 from ownlm.models.families.fields import Fields
 from ownlm.models.families.heads import labels
-from ownlm.models.families.layers import WIDTH, block, gpt_layer, multi_head, repeated
-from ownlm.models.names import Table, To, nested
+from ownlm.models.families.layers import WIDTH, gpt_layer, multi_head, repeated
+from ownlm.models.names import Table, To, block, nested
 from ownlm.models.specs import FeedForward, Layer, Norm, Rotary
 from ownlm.models.vision import VisionConfig
 from ownlm.models.vision_language import VisionLanguageConfig

@@ -23,7 +23,7 @@ from ownlm.formats.ggml import Blocks
 from ownlm.models.families import FAMILIES
 from ownlm.models.gguf import names
 from ownlm.models.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
-from ownlm.models.names import Table
+from ownlm.models.names import Table, fixed
 from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary
 
@@ -319,7 +319,7 @@ class Architecture:
     model. `windows`: it applies them. `differs`: what it computes in its own way, told to whoever exports."""
 
     read: Callable[[Keys], dict[str, Any]]
-    names: Callable[[Any], Table] = names.common
+    names: Callable[[Any], Table] = lambda config: names.COMMON
     head: bool = False
     square: bool = False
     windows: bool = False
@@ -329,24 +329,24 @@ class Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(read=read_llama, names=names.llama),
     "qwen3": Architecture(read=lambda keys: decoder(keys, "qwen3")),
-    "gpt2": Architecture(read=read_gpt2, names=names.gpt2, square=True),
+    "gpt2": Architecture(read=read_gpt2, names=fixed(names.GPT2), square=True),
     "qwen2": Architecture(read=lambda keys: decoder(keys, "qwen2"), square=True),
     "qwen3moe": Architecture(read=read_qwen3_moe),
     "gptneox": Architecture(
-        read=read_gpt_neox, names=names.fused, head=True, square=True, differs="GELU in its tanh form"
+        read=read_gpt_neox, names=fixed(names.FUSED), head=True, square=True, differs="GELU in its tanh form"
     ),
-    "phi2": Architecture(read=read_phi, names=names.phi, head=True, square=True),
-    "phi3": Architecture(read=read_phi3, names=names.phi3, square=True),
-    "gemma": Architecture(read=read_gemma, names=names.gemma),
-    "gemma2": Architecture(read=read_gemma2, names=names.gemma, windows=True),
-    "gemma3": Architecture(read=read_gemma3, names=names.gemma, windows=True),
+    "phi2": Architecture(read=read_phi, names=fixed(names.PHI), head=True, square=True),
+    "phi3": Architecture(read=read_phi3, names=fixed(names.PHI3), square=True),
+    "gemma": Architecture(read=read_gemma, names=fixed(names.GEMMA)),
+    "gemma2": Architecture(read=read_gemma2, names=fixed(names.GEMMA), windows=True),
+    "gemma3": Architecture(read=read_gemma3, names=fixed(names.GEMMA), windows=True),
     "gpt-oss": Architecture(
         read=read_gpt_oss,
-        names=names.gpt_oss,
+        names=fixed(names.GPT_OSS),
         head=True,
         windows=True,
         differs="YaRN, where there is it, with rounded ends",
     ),
-    "grok": Architecture(read=read_grok, names=names.grok, square=True),
-    "bert": Architecture(read=read_bert, names=names.bert, differs="GELU in its tanh form"),
+    "grok": Architecture(read=read_grok, names=fixed(names.GROK), square=True),
+    "bert": Architecture(read=read_bert, names=fixed(names.BERT), differs="GELU in its tanh form"),
 }
