@@ -26,7 +26,8 @@ def llama_layer(
         bias=bias,
         output_bias=bias,
     )
-    size, activation = fields.count("intermediate_size", at_most=WIDTH), mlp.get("activation") or fields.activation()
+    size = fields.count("intermediate_size", at_most=WIDTH)
+    activation = mlp.get("activation") or fields.activation()  # not asked for where it is told otherwise
     feed = FeedForward(size=size, activation=activation, bias=fields.flag("mlp_bias", False))
     norm = norm or Norm(eps=fields.number("rms_norm_eps", 1e-6))
     return Layer(attention=replace(attend, **attention), mlp=replace(feed, **mlp), norm=norm, **others)
