@@ -210,7 +210,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "grok-1": _decoder(
         "Grok1ModelForCausalLM", d.read_grok, d.GROK, spelled={"num_local_experts": "num_experts"}, rms_norm_eps=1e-5,
-        hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, num_local_experts=8, num_experts_per_tok=2,
+        tie_word_embeddings=True, num_local_experts=8, num_experts_per_tok=2,
     ),
     "bert": _encoder(
         "BertForMaskedLM", e.read_bert, e.BERT, e.BERT_HEADS, prefix="bert.", head="cls.predictions.decoder"

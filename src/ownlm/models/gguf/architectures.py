@@ -134,7 +134,7 @@ def decoder(keys: Keys, model_type: str, *, without: tuple[str, ...] = (), **oth
         "max_position_embeddings": keys.count("context_length"),
         "rms_norm_eps" if rms else "layer_norm_eps": keys.number(f"attention.layer_norm{rms}_epsilon"),
         "tie_word_embeddings": not keys.holds("output.weight"),
-        "rope_parameters": rope(keys, head_dim),
+        "rope_parameters": None if "rope_parameters" in without else rope(keys, head_dim),
     } | others
     spelled = FAMILIES[model_type].spelled
     return {spelled.get(name, name): value for name, value in told.items() if name not in without}
