@@ -94,7 +94,7 @@ BAD: dict[str, tuple[Any, tuple[str, ...], str, str]] = {
     "none": (FLAGS, ("Transformer", "Pooling"), "1_Pooling", "pooling ''"),
     "a list": ([], ("Transformer", "Pooling"), "1_Pooling", "not a JSON object"),
     "another folder": (MEAN, ("Transformer", "Pooling"), "../1_Pooling", "not the name of a folder"),
-    "missing folder": (MEAN, ("Transformer", "Pooling"), "2_Pooling", "can't be read"),
+    "missing folder": (MEAN, ("Transformer", "Pooling"), "2_Pooling", "no such file"),
 }  # fmt: skip
 
 
@@ -107,10 +107,10 @@ def test_bad_files_are_one_clear_error(name: str, tmp_path: Path) -> None:
 
 def test_modules_that_are_no_list(tmp_path: Path) -> None:
     for text, message in (
-        ("{", "can't be read"),
+        ("{", "not JSON"),
         ("{}", "no list"),
         ("[1]", "no list"),
-        ("[" * 10**5, "can't be read"),
+        ("[" * 10**5, "not JSON"),
     ):
         (tmp_path / "modules.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -515,7 +515,7 @@ def pooled_at(place: int) -> Callable[[Any, Any], Any]:
 
 
 def no_causal_mask(model: Any, patch: Any) -> None:
-    patch.setattr("ownlm.models.decoder.causal", lambda q, k, window=None: everything(q, k))
+    patch.setattr("ownlm.models.attention.causal", lambda q, k, window=None: everything(q, k))
 
 
 def causal_vision(model: Any, patch: Any) -> None:

@@ -78,6 +78,34 @@ def everything(queries: int, keys: int) -> Visibility:
     return Visibility(None, tiles, causal=False)
 
 
+def among(
+    width: int,
+    *,
+    both_ways: bool = False,
+    window: int | None = None,
+    padding_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+) -> Visibility:
+    """What the tokens of a row see of each other: all, or with `both_ways` False those before them, the last `window` places of
+    the row; nothing of padding, and nothing of tokens with another document's number."""
+    given = documents_BT if padding_BT is None else padding_BT
+    if given is None:
+        return everything(width, width) if both_ways else causal(width, width, window)
+    place_T = torch.arange(width, device=given.device)
+    own_T1 = place_T[:, None]
+    hidden = (
+        torch.zeros(1, width, width, dtype=torch.bool, device=given.device) if both_ways else (place_T > own_T1)[None]
+    )
+    if window is not None:
+        hidden = hidden | (place_T <= own_T1 - window)
+    if documents_BT is not None:
+        hidden = hidden | (documents_BT[:, None, :] != documents_BT[:, :, None])
+    if padding_BT is not None:
+        # Padding still sees itself, so that its softmax has something to sum over.
+        hidden = hidden | (padding_BT[:, None, :] & (place_T != own_T1))
+    return masked(hidden)
+
+
 def masked(hidden_BTS: Tensor) -> Visibility:
     """Any mask that lets every query see a key. The tiles leave out keys hidden from all their queries."""
     if hidden_BTS.device.type != "cpu":

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ownlm.models.attention import Visibility, attend
 from ownlm.models.cache import Address, KVCache
 from ownlm.models.rotary import rotate
-from ownlm.models.specs import Activation, Experts, FeedForward, Layer, Norm, Rotary
+from ownlm.models.specs import Activation, Attention, Experts, FeedForward, Layer, Norm, Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +88,23 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return torch.split(F.linear(x, weight, bias), [layer.out_features for layer in layers], dim=-1)
 
 
+def projections(hidden_size: int, a: Attention) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """Into queries, keys and values, and out of the heads."""
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    q, k, v = (nn.Linear(hidden_size, width, bias=a.bias) for width in (queries, keys, keys))
+    return q, k, v, nn.Linear(queries, hidden_size, bias=a.output_bias)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, layer: Layer, index: int) -> None:
         super().__init__()
         self.spec, self.rotary, self.index = layer.attention, layer.rotary, index
         a = layer.attention
         self.scale = a.head_dim**-0.5 if a.scale is None else a.scale
-        self.q_proj = nn.Linear(hidden_size, a.num_heads * a.head_dim, bias=a.bias)
-        self.k_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
-        self.v_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
-        self.o_proj = nn.Linear(a.num_heads * a.head_dim, hidden_size, bias=a.output_bias)
-        self.q_norm = RMSNorm(a.head_dim, layer.norm.eps, layer.norm.offset) if a.qk_norm else None
-        self.k_norm = RMSNorm(a.head_dim, layer.norm.eps, layer.norm.offset) if a.qk_norm else None
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(hidden_size, a)
+        self.q_norm, self.k_norm = (
+            RMSNorm(a.head_dim, layer.norm.eps, layer.norm.offset) if a.qk_norm else None for _ in range(2)
+        )
         self.sinks = nn.Parameter(torch.zeros(a.num_heads)) if a.sinks else None
 
     def forward(self, x_BTD: Tensor, step: Step) -> Tensor:
@@ -139,10 +144,7 @@ class CrossAttention(nn.Module):
         a = layer.attention
         self.spec, self.index = a, index
         self.scale = a.head_dim**-0.5 if a.scale is None else a.scale
-        self.q_proj = nn.Linear(hidden_size, a.num_heads * a.head_dim, bias=a.bias)
-        self.k_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
-        self.v_proj = nn.Linear(hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
-        self.o_proj = nn.Linear(a.num_heads * a.head_dim, hidden_size, bias=a.output_bias)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(hidden_size, a)
 
     def read(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values (B, K, S, d) of a source, the same for every query."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ownlm.models.attention import Visibility, causal, masked
+from ownlm.models.attention import among
 from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
@@ -198,27 +198,9 @@ class Decoder(nn.Module):
             address = cache.address(positions.expand(rows, width), slots)
             seen = {window: address.visibility(window) for window in self.windows}
             return Step(rotations, seen, cache, address), positions
-        if documents_BT is None and (positions_BT is None or int(positions_BT.min()) >= 0):
-            return Step(rotations, {window: causal(width, width, window) for window in self.windows}), positions
-        seen = {window: _visible(width, positions_BT, documents_BT, window, tokens_BT) for window in self.windows}
+        padding = None if positions_BT is None or int(positions_BT.min()) >= 0 else positions_BT < 0
+        seen = {w: among(width, window=w, padding_BT=padding, documents_BT=documents_BT) for w in self.windows}
         return Step(rotations, seen), positions
-
-
-def _visible(
-    width: int, positions_BT: Tensor | None, documents_BT: Tensor | None, window: int | None, tokens_BT: Tensor
-) -> Visibility:
-    """Earlier tokens of the same document that are no padding, within the window (counted in places of the row)."""
-    index = torch.arange(width, device=tokens_BT.device)
-    hidden_TS = index > index[:, None]
-    if window is not None:
-        hidden_TS = hidden_TS | (index <= index[:, None] - window)
-    hidden_BTS = hidden_TS.expand(len(tokens_BT), -1, -1)
-    if documents_BT is not None:
-        hidden_BTS = hidden_BTS | (documents_BT[:, None, :] != documents_BT[:, :, None])
-    if positions_BT is not None:
-        # Padding still sees itself, so that its softmax has something to sum over.
-        hidden_BTS = hidden_BTS | ((positions_BT < 0)[:, None, :] & (index != index[:, None]))
-    return masked(hidden_BTS)
 
 
 def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding_std: float | None = None) -> M:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ownlm.models.attention import Visibility, everything, masked
+from ownlm.models.attention import among
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.heads import MaskedLMHead, Pooler, make_head
 from ownlm.models.pooling import Pooling
@@ -107,7 +107,8 @@ class Encoder(nn.Module):
         if self.embed_types is not None:
             x_BTD = x_BTD + self.embed_types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
         x_BTD = self.embed_norm(x_BTD)
-        step = Step({}, {None: _visible(width, mask_BT)})
+        padding_BT = None if mask_BT is None else ~mask_BT
+        step = Step({}, {None: among(width, both_ways=True, padding_BT=padding_BT)})
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
         return x_BTD
@@ -118,11 +119,3 @@ class Encoder(nn.Module):
         if first:
             real_BT = real_BT & (tokens_BT != first - 1)
         return (real_BT.cumsum(1) * real_BT + (first - 1)).clamp(min=0)
-
-
-def _visible(width: int, mask_BT: Tensor | None) -> Visibility:
-    if mask_BT is None:
-        return everything(width, width)
-    # Padding still sees itself, so that its softmax has something to sum over.
-    itself_TT = torch.eye(width, dtype=torch.bool, device=mask_BT.device)
-    return masked(~(mask_BT[:, None, :] | itself_TT))

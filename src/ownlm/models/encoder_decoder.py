@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ownlm.models.attention import Visibility, causal, everything, masked
+from ownlm.models.attention import Visibility, among, causal, everything, masked
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.specs import Layer, Norm
@@ -146,11 +146,7 @@ class EncoderDecoder(nn.Module):
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """memory_BSD, the encoder's final norm applied. `mask_BS` is True where a token is none of the padding."""
         width = tokens_BS.shape[1]
-        seen = everything(width, width)
-        if mask_BS is not None:
-            # Padding still sees itself, so that its softmax has something to sum over.
-            itself_SS = torch.eye(width, dtype=torch.bool, device=tokens_BS.device)
-            seen = masked(~(mask_BS.bool()[:, None] | itself_SS))
+        seen = among(width, both_ways=True, padding_BT=None if mask_BS is None else ~mask_BS.bool())
         step = Step({}, {None: seen}, bias_BHTS=self.encoder_bias(0, width))
         x_BSD = self.embed_tokens(tokens_BS)
         for layer in self.encoder:
@@ -178,16 +174,14 @@ class EncoderDecoder(nn.Module):
         cache, start: row b is slot b, in which `start` tokens stand already. No gradients.
         """
         rows, width = tokens_BT.shape
-        seen, address = causal(width, start + width), None
-        if cache is not None:
+        address = None
+        if cache is None:
+            seen = among(width, padding_BT=None if mask_BT is None else ~mask_BT.bool())
+        else:
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"
             assert mask_BT is None, "the rows of a cache are aligned and have no padding"
             places_T = torch.arange(start, start + width, device=tokens_BT.device)
-            address = cache.address(places_T.expand(rows, width), None)
-        elif mask_BT is not None:
-            place_T = torch.arange(width, device=tokens_BT.device)
-            later_TT, itself_TT = place_T > place_T[:, None], place_T == place_T[:, None]
-            seen = masked(later_TT | (~mask_BT.bool()[:, None] & ~itself_TT))
+            address, seen = cache.address(places_T.expand(rows, width), None), causal(width, start + width)
         step = Step(
             {},
             {None: seen},

@@ -9,7 +9,7 @@ writing and any other format with names of its own.
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,39 @@ class To:
 
 
 Table = dict[str | tuple[str, ...], str | To]
+
+
+# Our names of a layer's tensors, by what they are part of.
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FEED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = tuple(name.replace("mlp.", "mlp.experts.") for name in FEED)
+PARTS: dict[str, Iterable[str | tuple[str, ...]]] = {
+    "norms": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("attention_norm", "mlp_norm"),
+    "attention": ATTENTION,
+    "qkv": (ATTENTION[:3],),  # in one
+    "o": (ATTENTION[3],),
+    "mlp": FEED[1:],
+    "gated": FEED,
+    "gate_up": (FEED[:2],),  # in one
+    "experts": EXPERTS,
+    "router": ("mlp.gate",),
+    "biases": tuple(f"{name}_bias" for name in EXPERTS),
+    "qk_norms": ("self_attn.q_norm", "self_attn.k_norm"),
+    "sinks": ("self_attn.sinks",),
+}
+
+
+def block(stored: str, ours: str = "layers.{}", *, layout: Layout = "same", count: int = 1, **parts: str) -> Table:
+    """The rows of a layer, which is `stored` in files: block("h.{}", norms="ln_1 ln_2") names the two norms. `layout` is that of
+    all of them."""
+    rows: Table = {}
+    for part, words in parts.items():
+        for key, word in zip(PARTS[part], words.split(), strict=True):
+            name = f"{stored}.{word}"
+            keys = f"{ours}.{key}" if isinstance(key, str) else tuple(f"{ours}.{one}" for one in key)
+            rows[keys] = name if layout == "same" else To(name, layout, count)
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +143,14 @@ def stored_tensors(table: Table, parameters: Mapping[str, Tensor]) -> list[Store
     return stored
 
 
+def fixed(table: Table) -> Callable[[Any], Table]:
+    """The table of a family whose names hang on nothing in its config."""
+    return lambda config: table
+
+
 def nested(table: Table, ours: str, stored: str) -> Table:
     """The table of a model that is a part of another one, whose names begin with `ours` and, in files, with `stored`."""
-    rows: dict[str | tuple[str, ...], str | To] = {}
+    rows: Table = {}
     for key, value in table.items():
         inner = To(value) if isinstance(value, str) else value
         keys = f"{ours}{key}" if isinstance(key, str) else tuple(f"{ours}{one}" for one in key)
@@ -147,114 +185,47 @@ def _part(ours: Mapping[str, Tensor], part: Part) -> Tensor:
     return tensor if expert is None else tensor[expert]
 
 
-def _flip(x: Tensor, count: int) -> Tensor:
-    return x.T if x.ndim == 2 else x
+def _regrouped(x: Tensor, first: int, second: int, third: int, dim: int) -> Tensor:
+    """Dimension 0 seen as three, of which `dim` changes place with the next."""
+    return x.reshape(first, second, third, *x.shape[1:]).transpose(dim, dim + 1).flatten(0, 2)
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """(3 H d, …) -> (H 3 d, …): q, k and v of each head side by side."""
-    return x.reshape(3, heads, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 2)
+def _flipped(x: Tensor, _: int = 0) -> Tensor:
+    """The last two dimensions exchanged; a bias as it is."""
+    return x.mT if x.ndim > 1 else x
 
 
-def _from_by_head(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(heads, 3, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 2)
-
-
-def _pairs(x: Tensor, heads: int) -> Tensor:
-    """Rotary in the half layout -> neighbouring pairs, as Meta's and GGUF's Llama files have it."""
-    return x.reshape(heads, 2, -1, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
-
-
-def _from_pairs(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
-
-
-def _image(x: Tensor, patch: int) -> Tensor:
-    """(D, C P P) -> (D, C, P, P): a linear layer over patches as the convolution it is stored as."""
-    return x.reshape(len(x), -1, patch, patch)
-
-
-def _from_image(x: Tensor, patch: int) -> Tensor:
-    return x.flatten(1)
-
-
-def _gate_up_pairs(x: Tensor, count: int) -> Tensor:
-    """gate then up, (2 E, F, …) -> (E, …, 2 F) with gate and up in turn; biases (2 E, F) -> (E, 2 F)."""
+def _interleaved(x: Tensor, _: int) -> Tensor:
     x = x.reshape(2, -1, *x.shape[1:]).movedim(0, 2).flatten(1, 2)
-    return x.transpose(1, 2) if x.ndim == 3 else x
+    return x.mT if x.ndim == 3 else x
 
 
-def _from_gate_up_pairs(x: Tensor, count: int) -> Tensor:
-    x = x.transpose(1, 2) if x.ndim == 3 else x
+def _apart(x: Tensor, _: int) -> Tensor:
+    x = x.mT if x.ndim == 3 else x
     return x.reshape(len(x), -1, 2, *x.shape[2:]).movedim(2, 0).flatten(0, 1)
 
 
-def _experts(x: Tensor, count: int) -> Tensor:
-    return x.transpose(1, 2) if x.ndim == 3 else x
-
-
-def _heads_out(x: Tensor, heads: int) -> Tensor:
-    """(H d, D) -> (D, H, d): the projection into heads as XLNet multiplies it."""
-    return x.T.reshape(x.shape[1], heads, -1)
-
-
-def _from_heads_out(x: Tensor, heads: int) -> Tensor:
-    return x.flatten(1).T
-
-
-def _heads_in(x: Tensor, heads: int) -> Tensor:
-    """(D, H d) -> (D, H, d): the projection out of heads."""
-    return x.reshape(len(x), heads, -1)
-
-
-def _from_heads_in(x: Tensor, heads: int) -> Tensor:
-    return x.flatten(1)
-
-
-def _leading(x: Tensor, count: int) -> Tensor:
-    """`count` dimensions of 1 before the others."""
-    return x.reshape(*[1] * count, *x.shape)
-
-
-def _from_leading(x: Tensor, count: int) -> Tensor:
-    return x.reshape(x.shape[count:])
-
-
-def _scalar(x: Tensor, count: int) -> Tensor:
-    """(1,) -> ()."""
-    return x.reshape(())
-
-
-def _from_scalar(x: Tensor, count: int) -> Tensor:
-    return x.reshape(1)
-
-
-def _plus_one(x: Tensor, count: int) -> Tensor:
-    return x.float() + 1.0
-
-
-def _minus_one(x: Tensor, count: int) -> Tensor:
-    return x.float() - 1.0
-
-
-def _same(x: Tensor, count: int) -> Tensor:
-    return x
-
-
+# (ours -> stored, stored -> ours), each of a tensor and the `count` of its row.
 LAYOUTS: dict[Layout, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
-    "same": (_same, _same),
-    "transposed": (_flip, _flip),
-    "by_head": (_by_head, _from_by_head),
-    "pairs": (_pairs, _from_pairs),
-    "flat": (_image, _from_image),
-    "gate_up_pairs": (_gate_up_pairs, _from_gate_up_pairs),
-    "experts_transposed": (_experts, _experts),
-    "heads_out": (_heads_out, _from_heads_out),
-    "heads_in": (_heads_in, _from_heads_in),
-    "leading": (_leading, _from_leading),
-    "scalar": (_scalar, _from_scalar),
-    "plus_one": (_plus_one, _minus_one),
-}  # (ours -> stored, stored -> ours)
+    "same": (lambda x, _: x, lambda x, _: x),
+    "transposed": (_flipped, _flipped),
+    # (3 H d, …) -> (H 3 d, …): q, k and v of each head side by side.
+    "by_head": (lambda x, heads: _regrouped(x, 3, heads, -1, 0), lambda x, heads: _regrouped(x, heads, 3, -1, 0)),
+    # Rotary in the half layout -> neighbouring pairs, as Meta's and GGUF's Llama files have it.
+    "pairs": (lambda x, heads: _regrouped(x, heads, 2, -1, 1), lambda x, heads: _regrouped(x, heads, -1, 2, 1)),
+    # (D, C P P) -> (D, C, P, P): a linear layer over patches as the convolution it is stored as.
+    "flat": (lambda x, patch: x.reshape(len(x), -1, patch, patch), lambda x, _: x.flatten(1)),
+    # gate then up, (2 E, F, …) -> (E, …, 2 F) with gate and up in turn; biases (2 E, F) -> (E, 2 F).
+    "gate_up_pairs": (_interleaved, _apart),
+    "experts_transposed": (lambda x, _: x.mT if x.ndim == 3 else x, lambda x, _: x.mT if x.ndim == 3 else x),
+    # (H d, D) -> (D, H, d): the projection into heads as XLNet multiplies it; and (D, H d) -> (D, H, d), that out of heads.
+    "heads_out": (lambda x, heads: x.T.reshape(x.shape[1], heads, -1), lambda x, _: x.flatten(1).T),
+    "heads_in": (lambda x, heads: x.reshape(len(x), heads, -1), lambda x, _: x.flatten(1)),
+    # `count` dimensions of 1 before the others.
+    "leading": (lambda x, count: x.reshape(*[1] * count, *x.shape), lambda x, count: x.reshape(x.shape[count:])),
+    "scalar": (lambda x, _: x.reshape(()), lambda x, _: x.reshape(1)),
+    "plus_one": (lambda x, _: x.float() + 1.0, lambda x, _: x.float() - 1.0),
+}
 
 
 def renamed(table: Iterable[Stored], change: Callable[[str], str]) -> list[Stored]:

@@ -3,7 +3,6 @@
 Shapes: B texts, T tokens, D hidden.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownlm.errors import UserError
+from ownlm.formats.settings import read_json, read_value, write_json
 from ownlm.models.heads import last_token
 
 PoolingKind = Literal["mean", "cls", "last"]
@@ -51,7 +51,7 @@ def read_pooling(directory: Path) -> Pooling | None:
     file = directory / MODULES
     if not file.is_file():
         return None
-    modules = _json(file)
+    modules = read_value(file)
     if not isinstance(modules, list) or not all(isinstance(module, Mapping) for module in modules):
         raise UserError("this is no list of modules.", where=str(file))
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
@@ -64,9 +64,7 @@ def read_pooling(directory: Path) -> Pooling | None:
     if not folder or Path(folder).name != folder:
         raise UserError(f"{folder!r} is not the name of a folder beside it.", where=str(file))
     file = directory / folder / "config.json"
-    fields = _json(file)
-    if not isinstance(fields, Mapping):
-        raise UserError("this is not a JSON object.", where=str(file))
+    fields = read_json(file)
     # Newer files name the mode, older ones have a flag for each.
     flags = [
         key[13:].removesuffix("_token").removesuffix("_tokens") for key, on in fields.items() if _is_mode(key) and on
@@ -86,20 +84,13 @@ def write_pooling(pooling: Pooling, directory: Path, hidden_size: int) -> None:
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for index, (path, kind) in enumerate(steps)
     ]
-    (directory / MODULES).write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / MODULES, modules)
     (directory / FOLDER).mkdir(exist_ok=True)
     flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"}
     config: dict[str, Any] = {"word_embedding_dimension": hidden_size}
     config |= {flag: kind == pooling.kind for flag, kind in flags.items()}
-    (directory / FOLDER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / FOLDER / "config.json", config)
 
 
 def _is_mode(key: Any) -> bool:
     return isinstance(key, str) and key.startswith("pooling_mode_")
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"this can't be read as JSON: {error}.", where=str(file)) from None

@@ -180,32 +180,9 @@ class TwoStream(nn.Module):
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
         return nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        mask_BT: Tensor | None = None,
-        types_BT: Tensor | None = None,
-        perm_mask_BTT: Tensor | None = None,
-        targets_BKT: Tensor | None = None,
-        mems: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """hidden_BTD of the content stream; where targets are given, hidden_BKD of the query stream.
-
-        mask_BT: False where there is padding, which nobody sees.
-        types_BT: the segment of each token (only whether two are equal counts); that of mems is 0.
-        perm_mask_BTT: True at [b, i, j] where token i must not see token j.
-        targets_BKT: 1 at [b, k, t] where query k stands at place t, 0 elsewhere.
-        mems: for each layer (B, M, D), as `remember` gave them for the text before.
-        """
-        return self.remember(
-            tokens_BT,
-            mask_BT=mask_BT,
-            types_BT=types_BT,
-            perm_mask_BTT=perm_mask_BTT,
-            targets_BKT=targets_BKT,
-            mems=mems,
-        )[0]
+    def forward(self, tokens_BT: Tensor, **others: Any) -> Tensor:
+        """hidden_BTD of the content stream; where targets are given, hidden_BKD of the query stream. Arguments as in `remember`."""
+        return self.remember(tokens_BT, **others)[0]
 
     def remember(
         self,
@@ -217,7 +194,14 @@ class TwoStream(nn.Module):
         targets_BKT: Tensor | None = None,
         mems: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(what `forward` gives, the mems for the text that follows)."""
+        """(what `forward` gives, the mems for the text that follows).
+
+        mask_BT: False where there is padding, which nobody sees.
+        types_BT: the segment of each token (only whether two are equal counts); that of mems is 0.
+        perm_mask_BTT: True at [b, i, j] where token i must not see token j.
+        targets_BKT: 1 at [b, k, t] where query k stands at place t, 0 elsewhere.
+        mems: for each layer (B, M, D), as `remember` gave them for the text before.
+        """
         h_BTD = self.embed_tokens(tokens_BT)
         mems = [h_BTD[:, :0]] * self.config.num_layers if mems is None else mems
         scene = self._scene(h_BTD, mems[0].shape[1], mask_BT, types_BT, perm_mask_BTT, targets_BKT)

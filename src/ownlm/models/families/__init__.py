@@ -23,7 +23,7 @@ from ownlm.models.families import seq2seq as s
 from ownlm.models.families import vision as v
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
-from ownlm.models.names import Table
+from ownlm.models.names import Table, fixed
 from ownlm.models.specs import Rotary
 from ownlm.models.two_stream import TwoStream
 from ownlm.models.vision import VisionTower
@@ -99,15 +99,11 @@ GPT2: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _table(names: Names) -> Callable[[Any], Table]:
-    return names if callable(names) else lambda config: names
-
-
 def _decoder(
     name: str, read: Any, names: Names = d.LLAMA, *, prefix: str = "model.", derived: str = ROTARY,
     spelled: Mapping[str, str] = AS_IS, **defaults: Any,
 ) -> Family:  # fmt: skip
-    table = _table(names)
+    table = names if callable(names) else fixed(names)
     return Family(
         architecture=name,
         read=lambda fields: d.with_task(fields, read(fields)),
@@ -157,7 +153,14 @@ def _t5(name: str, read: Any, **defaults: Any) -> Family:
 
 
 def _seeing(name: str, read: Any, build: Any, names: Names, prefix: str = "", **others: Any) -> Family:
-    row = Family(architecture=name, read=read, build=build, names=_table(names), prefix=prefix, **others)
+    row = Family(
+        architecture=name,
+        read=read,
+        build=build,
+        names=names if callable(names) else fixed(names),
+        prefix=prefix,
+        **others,
+    )
     return replace(row, derived=r".*\.(position_ids|inv_freq)")
 
 
@@ -207,7 +210,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "grok-1": _decoder(
         "Grok1ModelForCausalLM", d.read_grok, d.GROK, spelled={"num_local_experts": "num_experts"}, rms_norm_eps=1e-5,
-        hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, num_local_experts=8, num_experts_per_tok=2,
+        tie_word_embeddings=True, num_local_experts=8, num_experts_per_tok=2,
     ),
     "bert": _encoder(
         "BertForMaskedLM", e.read_bert, e.BERT, e.BERT_HEADS, prefix="bert.", head="cls.predictions.decoder"

@@ -10,8 +10,8 @@ from typing import Any
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.families.fields import FULL, LOCAL, Fields
 from ownlm.models.families.heads import kind_of, task_head
-from ownlm.models.families.layers import HEADS, NOTHING, WIDTH, Spec, block, decoder, gpt_layer, llama_layer
-from ownlm.models.names import Table, To
+from ownlm.models.families.layers import HEADS, LAYERS, NOTHING, WIDTH, Spec, decoder, gpt_layer, llama_layer
+from ownlm.models.names import Table, To, block
 from ownlm.models.specs import Experts, Layer, Norm, Rotary
 
 
@@ -68,12 +68,22 @@ def experts(fields: Fields, **others: Any) -> Experts:
     return Experts(count=number, per_token=min(chosen, number), **others)
 
 
+def qwen(fields: Fields, **spec: Any) -> DecoderConfig:
+    """Qwen 2 and 3: windows from some layer on, where there are any."""
+    config = llama(fields, **spec)
+    if not fields.flag("use_sliding_window", False):
+        return config
+    first = fields.count("max_window_layers", 28, at_least=0)
+    local = fields.local([number >= first for number in range(config.num_layers)])
+    return windows(config, fields.window(), local)
+
+
 def read_qwen2(fields: Fields) -> DecoderConfig:
-    return _qwen_windows(fields, llama(fields, attention={"bias": True, "output_bias": False}))
+    return qwen(fields, attention={"bias": True, "output_bias": False})
 
 
 def read_qwen3(fields: Fields) -> DecoderConfig:
-    return _qwen_windows(fields, llama(fields, attention={"qk_norm": True}))
+    return qwen(fields, attention={"qk_norm": True})
 
 
 def read_qwen3_moe(fields: Fields) -> DecoderConfig:
@@ -82,16 +92,7 @@ def read_qwen3_moe(fields: Fields) -> DecoderConfig:
         fields.spelled = {"num_local_experts": "num_experts"}
     chosen = experts(fields, renormalise=fields.flag("norm_topk_prob", False))
     size = fields.count("moe_intermediate_size", 768, at_most=WIDTH)
-    config = llama(fields, attention={"qk_norm": True}, mlp={"experts": chosen, "size": size})
-    return _qwen_windows(fields, config)
-
-
-def _qwen_windows(fields: Fields, config: DecoderConfig) -> DecoderConfig:
-    if not fields.flag("use_sliding_window", False):
-        return config
-    first = fields.count("max_window_layers", 28, at_least=0)  # windows from this layer on
-    local = fields.local([number >= first for number in range(config.num_layers)])
-    return windows(config, fields.window(), local)
+    return qwen(fields, attention={"qk_norm": True}, mlp={"experts": chosen, "size": size})
 
 
 MIXTRAL = LLAMA | block(
@@ -255,7 +256,7 @@ def read_gpt_neo(fields: Fields) -> DecoderConfig:
     local: list[bool] = []
     try:
         for kinds, times in fields.get("attention_types") or [[["global", "local"], config.num_layers // 2]]:
-            local += [{"global": False, "local": True}[kind] for kind in kinds] * times
+            local += [{"global": False, "local": True}[kind] for kind in kinds] * min(times, LAYERS)
     except (TypeError, ValueError, KeyError):
         local = []
     if len(local) != config.num_layers:

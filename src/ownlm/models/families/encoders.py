@@ -10,8 +10,8 @@ from typing import Any, Literal
 from ownlm.models.encoder import EncoderConfig
 from ownlm.models.families.fields import Fields
 from ownlm.models.families.heads import TASKS, kind_of, task_head
-from ownlm.models.families.layers import block, gpt_layer, repeated
-from ownlm.models.names import Table, nested
+from ownlm.models.families.layers import gpt_layer, repeated
+from ownlm.models.names import Table, block, nested
 from ownlm.models.specs import Activation, Head, Task
 
 
@@ -79,9 +79,10 @@ def read_distilbert(fields: Fields) -> EncoderConfig:
     return encoder(fields, masked_lm="vocab_transform.weight", dense="relu", pooler=False)
 
 
+# Its files have no field for eps, and what stands there under BERT's name counts for nothing.
 DISTILBERT_FIELDS = {
     "hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers", "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
+    "hidden_act": "activation", "layer_norm_eps": "",
 }  # fmt: skip
 
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -48,13 +48,13 @@ class Fields:
         return self.spelled.get(name, name)
 
     def get(self, name: str, default: Any = None, *, null: bool = False) -> Any:
-        """What the file says; with `null` also where that is null."""
+        """What the file says, or the default. With `null`, a null in the file is an answer too."""
         spelled, default = self.name(name), self.defaults.get(name, default)
         value = self.config.get(spelled)
         return default if value is None and not (null and spelled in self.config) else value
 
     def table(self, name: str, defaults: Mapping[str, Any] | None = None) -> "Fields":
-        """The fields of a table within this config; its faults are ours."""
+        """The fields of a table within this config, which may be missing where there are defaults; its faults are ours."""
         value = self.get(name, {} if defaults else None)
         if not isinstance(value, Mapping):
             self.faults.append(f"{name} must be a table, got {value!r}")

@@ -18,11 +18,15 @@ LABELS = 2**20  # no checkpoint comes near this
 TOLD = ("num_labels", "id2label", "label2id", "problem_type")  # the fields of a head
 
 
-def kind_of(hf: Mapping[str, Any]) -> str:
-    """What follows "For" in the class that a config names first; nothing for a bare model, or where no class is named."""
+def class_of(hf: Mapping[str, Any]) -> str:
+    """The class that a config names first; nothing where none is named."""
     names = hf.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return name.partition("For")[2]
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
+def kind_of(hf: Mapping[str, Any]) -> str:
+    """What follows "For" in that class; nothing for a bare model."""
+    return class_of(hf).partition("For")[2]
 
 
 def task_head(fields: Fields, task: Task | None, **spec: Any) -> Head | None:

@@ -1,12 +1,11 @@
-"""What the families share: a layer as nearly every config.json tells it, in Llama's way or in GPT's, and the names of its tensors."""
+"""What the families share: a layer as nearly every config.json tells it, in Llama's way or in GPT's."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.families.fields import Fields
-from ownlm.models.names import Layout, Table, To
 from ownlm.models.specs import Attention, FeedForward, Layer, Norm
 
 HEADS, LAYERS, WIDTH = 2**14, 4096, 2**26  # no checkpoint comes near these
@@ -27,7 +26,8 @@ def llama_layer(
         bias=bias,
         output_bias=bias,
     )
-    size, activation = fields.count("intermediate_size", at_most=WIDTH), mlp.get("activation") or fields.activation()
+    size = fields.count("intermediate_size", at_most=WIDTH)
+    activation = mlp.get("activation") or fields.activation()  # not asked for where it is told otherwise
     feed = FeedForward(size=size, activation=activation, bias=fields.flag("mlp_bias", False))
     norm = norm or Norm(eps=fields.number("rms_norm_eps", 1e-6))
     return Layer(attention=replace(attend, **attention), mlp=replace(feed, **mlp), norm=norm, **others)
@@ -73,34 +73,3 @@ def decoder(fields: Fields, layer: Layer, **others: Any) -> DecoderConfig:
         "tie_embeddings": fields.flag("tie_word_embeddings", False),
     }
     return DecoderConfig(**(told | others))
-
-
-# ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-FEED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-EXPERTS = tuple(name.replace("mlp.", "mlp.experts.") for name in FEED)
-PARTS: dict[str, Iterable[str | tuple[str, ...]]] = {
-    "norms": ("input_layernorm", "post_attention_layernorm"),
-    "after": ("attention_norm", "mlp_norm"),
-    "attention": ATTENTION,
-    "qkv": (ATTENTION[:3],),  # in one
-    "o": (ATTENTION[3],),
-    "mlp": FEED[1:],
-    "gated": FEED,
-    "gate_up": (FEED[:2],),  # in one
-    "experts": EXPERTS,
-    "router": ("mlp.gate",),
-}
-
-
-def block(stored: str, ours: str = "layers.{}", *, layout: Layout = "same", count: int = 1, **parts: str) -> Table:
-    """The rows of a layer, which is `stored` in files: block("h.{}", norms="ln_1 ln_2") names the two norms. `layout` is that of
-    its matrices."""
-    rows: dict[str | tuple[str, ...], str | To] = {}
-    for part, words in parts.items():
-        for key, word in zip(PARTS[part], words.split(), strict=True):
-            name = f"{stored}.{word}"
-            keys = f"{ours}.{key}" if isinstance(key, str) else tuple(f"{ours}.{one}" for one in key)
-            rows[keys] = name if layout == "same" or part in ("norms", "after") else To(name, layout, count)
-    return rows

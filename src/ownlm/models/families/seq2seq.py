@@ -5,8 +5,8 @@ from dataclasses import replace
 from ownlm.models.encoder_decoder import EncoderDecoderConfig
 from ownlm.models.families.fields import HF_ACTIVATIONS, Fields
 from ownlm.models.families.heads import kind_of, task_head
-from ownlm.models.families.layers import block, gpt_layer, llama_layer, repeated
-from ownlm.models.names import Table, To
+from ownlm.models.families.layers import gpt_layer, llama_layer, repeated
+from ownlm.models.names import Table, To, block
 from ownlm.models.two_stream import TwoStreamConfig
 
 # ── T5 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

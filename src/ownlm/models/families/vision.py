@@ -7,9 +7,9 @@ from typing import Any
 from ownlm.models.dual import DualConfig, TextConfig
 from ownlm.models.families.decoders import LLAMA, gpt, llama, read_mistral, read_qwen2
 from ownlm.models.families.fields import Fields
-from ownlm.models.families.heads import labels
-from ownlm.models.families.layers import WIDTH, block, gpt_layer, multi_head, repeated
-from ownlm.models.names import Table, To, nested
+from ownlm.models.families.heads import class_of, labels
+from ownlm.models.families.layers import WIDTH, gpt_layer, multi_head, repeated
+from ownlm.models.names import Table, To, block, nested
 from ownlm.models.specs import FeedForward, Layer, Norm, Rotary
 from ownlm.models.vision import VisionConfig
 from ownlm.models.vision_language import VisionLanguageConfig
@@ -59,7 +59,7 @@ def read_vit(fields: Fields) -> VisionConfig:
     """arXiv:2010.11929. With a classifier or a pooler, as the files have it."""
     fields.only(quantization_config=None, pooler_act="tanh", pooler_output_size=fields.count("hidden_size"))
     names = labels(fields)
-    classifies = fields.holds("classifier.weight", "ViTModel" not in (fields.get("architectures") or ()))
+    classifies = fields.holds("classifier.weight", class_of(fields.config) != "ViTModel")
     return tower(
         fields,
         gpt_layer(fields, attention={"bias": fields.flag("qkv_bias", True)}),

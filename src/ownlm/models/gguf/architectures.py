@@ -23,7 +23,7 @@ from ownlm.formats.ggml import Blocks
 from ownlm.models.families import FAMILIES
 from ownlm.models.gguf import names
 from ownlm.models.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
-from ownlm.models.names import Table
+from ownlm.models.names import Table, fixed
 from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary
 
@@ -111,14 +111,17 @@ class Keys:
 # ── Keys -> config.json ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def decoder(keys: Keys, model_type: str, **others: Any) -> dict[str, Any]:
-    """What the config.json of most decoders says."""
+MULTI_HEAD = ("head_dim", "num_key_value_heads")  # fields that families of plain heads don't have
+
+
+def decoder(keys: Keys, model_type: str, *, without: tuple[str, ...] = (), **others: Any) -> dict[str, Any]:
+    """What the config.json of most decoders says, as the family spells it."""
     hidden_size, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", max(1, hidden_size // heads))
     if keys.count("attention.value_length", head_dim) != head_dim:
         keys.fail("keys and values of different width are not supported.")
-    rms = keys.value("attention.layer_norm_rms_epsilon") is not None
-    return {
+    rms = "_rms" if keys.value("attention.layer_norm_rms_epsilon") is not None else ""
+    told = {
         "architectures": [FAMILIES[model_type].architecture],
         "model_type": model_type,
         "vocab_size": keys.rows("token_embd.weight"),
@@ -129,12 +132,12 @@ def decoder(keys: Keys, model_type: str, **others: Any) -> dict[str, Any]:
         "head_dim": head_dim,
         "intermediate_size": keys.count("feed_forward_length"),
         "max_position_embeddings": keys.count("context_length"),
-        "rms_norm_eps" if rms else "layer_norm_eps": keys.number(
-            f"attention.layer_norm{'_rms' if rms else ''}_epsilon"
-        ),
+        "rms_norm_eps" if rms else "layer_norm_eps": keys.number(f"attention.layer_norm{rms}_epsilon"),
         "tie_word_embeddings": not keys.holds("output.weight"),
-        "rope_parameters": rope(keys, head_dim),
+        "rope_parameters": None if "rope_parameters" in without else rope(keys, head_dim),
     } | others
+    spelled = FAMILIES[model_type].spelled
+    return {spelled.get(name, name): value for name, value in told.items() if name not in without}
 
 
 def rope(keys: Keys, head_dim: int) -> dict[str, Any]:
@@ -184,11 +187,9 @@ def read_llama(keys: Keys) -> dict[str, Any]:
     return decoder(keys, "llama", attention_bias=biased, mlp_bias=keys.holds("blk.0.ffn_gate.bias"))
 
 
-def experts(keys: Keys) -> dict[str, int]:
-    return {
-        "num_local_experts": keys.count("expert_count"),
-        "num_experts_per_tok": keys.count("expert_used_count"),
-    }
+def experts(keys: Keys) -> dict[str, Any]:
+    count, chosen = keys.count("expert_count"), keys.count("expert_used_count")
+    return {"num_local_experts": count, "num_experts_per_tok": chosen}
 
 
 def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
@@ -197,27 +198,14 @@ def read_qwen3_moe(keys: Keys) -> dict[str, Any]:
 
 
 def read_gpt2(keys: Keys) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": keys.rows("token_embd.weight"),
-        "n_embd": keys.count("embedding_length"),
-        "n_layer": keys.layers(),
-        "n_head": keys.count("attention.head_count"),
-        "n_inner": keys.count("feed_forward_length"),
-        "n_positions": keys.count("context_length"),
-        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
-        "activation_function": "gelu_new",
-        "tie_word_embeddings": not keys.holds("output.weight"),
-    }
+    return decoder(keys, "gpt2", without=(*MULTI_HEAD, "rope_parameters"), hidden_act="gelu_new")
 
 
 def read_gpt_neox(keys: Keys) -> dict[str, Any]:
-    told = decoder(
-        keys, "gpt_neox", use_parallel_residual=keys.value("use_parallel_residual") is True, hidden_act="gelu"
-    )
+    parallel = keys.value("use_parallel_residual") is True
+    told = decoder(keys, "gpt_neox", without=MULTI_HEAD, use_parallel_residual=parallel, hidden_act="gelu")
     told["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
-    return {key: value for key, value in told.items() if key not in ("head_dim", "num_key_value_heads")}
+    return told
 
 
 def read_phi(keys: Keys) -> dict[str, Any]:
@@ -231,14 +219,14 @@ def read_phi3(keys: Keys) -> dict[str, Any]:
 
 
 def read_gemma(keys: Keys) -> dict[str, Any]:
-    return decoder(keys, "gemma", hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
+    return decoder(keys, "gemma", hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)
 
 
 def read_gemma2(keys: Keys) -> dict[str, Any]:
     return decoder(
         keys,
         "gemma2",
-        hidden_activation="gelu_pytorch_tanh",
+        hidden_act="gelu_pytorch_tanh",
         tie_word_embeddings=True,
         query_pre_attn_scalar=_query_scalar(keys, 46),
         attn_logit_softcapping=keys.number("attn_logit_softcapping", 50.0) or None,
@@ -251,7 +239,7 @@ def read_gemma3(keys: Keys) -> dict[str, Any]:
     told = decoder(
         keys,
         "gemma3_text",
-        hidden_activation="gelu_pytorch_tanh",
+        hidden_act="gelu_pytorch_tanh",
         query_pre_attn_scalar=_query_scalar(keys, 62),
         attn_logit_softcapping=None,
         final_logit_softcapping=keys.number("final_logit_softcapping", 0.0) or None,
@@ -292,8 +280,7 @@ def read_grok(keys: Keys) -> dict[str, Any]:
     return decoder(
         keys,
         "grok-1",
-        num_experts=keys.count("expert_count"),
-        num_experts_per_tok=keys.count("expert_used_count"),
+        **experts(keys),
         max_attn_value=keys.number("attn_logit_softcapping", 30.0),
         attn_output_multiplier=keys.number("attention.output_scale", 0.08838834764831845),
         embedding_multiplier_scale=keys.number("embedding_scale", 78.38367176906169),
@@ -302,9 +289,9 @@ def read_grok(keys: Keys) -> dict[str, Any]:
 
 
 def read_bert(keys: Keys) -> dict[str, Any]:
-    told = decoder(keys, "bert", hidden_act="gelu", type_vocab_size=keys.rows("token_types.weight"))
-    gone = ("head_dim", "num_key_value_heads", "rope_parameters", "tie_word_embeddings")
-    return {key: value for key, value in told.items() if key not in gone} | {"architectures": ["BertModel"]}
+    without, types = (*MULTI_HEAD, "rope_parameters", "tie_word_embeddings"), keys.rows("token_types.weight")
+    told = decoder(keys, "bert", without=without, hidden_act="gelu", type_vocab_size=types)
+    return told | {"architectures": ["BertModel"]}
 
 
 def pooling(keys: Keys) -> Pooling | None:
@@ -319,7 +306,7 @@ class Architecture:
     model. `windows`: it applies them. `differs`: what it computes in its own way, told to whoever exports."""
 
     read: Callable[[Keys], dict[str, Any]]
-    names: Callable[[Any], Table] = names.common
+    names: Callable[[Any], Table] = lambda config: names.COMMON
     head: bool = False
     square: bool = False
     windows: bool = False
@@ -329,24 +316,24 @@ class Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(read=read_llama, names=names.llama),
     "qwen3": Architecture(read=lambda keys: decoder(keys, "qwen3")),
-    "gpt2": Architecture(read=read_gpt2, names=names.gpt2, square=True),
+    "gpt2": Architecture(read=read_gpt2, names=fixed(names.GPT2), square=True),
     "qwen2": Architecture(read=lambda keys: decoder(keys, "qwen2"), square=True),
     "qwen3moe": Architecture(read=read_qwen3_moe),
     "gptneox": Architecture(
-        read=read_gpt_neox, names=names.fused, head=True, square=True, differs="GELU in its tanh form"
+        read=read_gpt_neox, names=fixed(names.FUSED), head=True, square=True, differs="GELU in its tanh form"
     ),
-    "phi2": Architecture(read=read_phi, names=names.phi, head=True, square=True),
-    "phi3": Architecture(read=read_phi3, names=names.phi3, square=True),
-    "gemma": Architecture(read=read_gemma, names=names.gemma),
-    "gemma2": Architecture(read=read_gemma2, names=names.gemma, windows=True),
-    "gemma3": Architecture(read=read_gemma3, names=names.gemma, windows=True),
+    "phi2": Architecture(read=read_phi, names=fixed(names.PHI), head=True, square=True),
+    "phi3": Architecture(read=read_phi3, names=fixed(names.PHI3), square=True),
+    "gemma": Architecture(read=read_gemma, names=fixed(names.GEMMA)),
+    "gemma2": Architecture(read=read_gemma2, names=fixed(names.GEMMA), windows=True),
+    "gemma3": Architecture(read=read_gemma3, names=fixed(names.GEMMA), windows=True),
     "gpt-oss": Architecture(
         read=read_gpt_oss,
-        names=names.gpt_oss,
+        names=fixed(names.GPT_OSS),
         head=True,
         windows=True,
         differs="YaRN, where there is it, with rounded ends",
     ),
-    "grok": Architecture(read=read_grok, names=names.grok, square=True),
-    "bert": Architecture(read=read_bert, names=names.bert, differs="GELU in its tanh form"),
+    "grok": Architecture(read=read_grok, names=fixed(names.GROK), square=True),
+    "bert": Architecture(read=read_bert, names=fixed(names.BERT), differs="GELU in its tanh form"),
 }
