@@ -20,7 +20,7 @@ from ownlm import device, gguf
 from ownlm.artifact import Workspace
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.settings import read_json, write_json
-from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
+from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
@@ -32,6 +32,7 @@ from ownlm.release.compare import Comparison, compare, numbers, sample
 from ownlm.report import size
 from ownlm.storage import flush, storage
 from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.gguf_write import to_gguf
 
 Format: TypeAlias = Literal["gguf", "hf"]
