@@ -338,7 +338,7 @@ ADAPTER = (
 )
 SAMPLING = (
     "override",
-    {"metavar": "key=value", "nargs": "*", "help": "max_tokens, temperature, top_p, top_k, seed, stop …"},
+    {"metavar": "key=value", "nargs": "*", "help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"},
 )
 TEXTS = (
     "text",
