@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ownlm
 from ownlm.cli import main
 from ownlm.errors import NotFound, UserError
+from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
+from ownlm.models.peft import save_adapter
 from ownlm.models.weights import load_model, save_model
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
@@ -186,3 +188,35 @@ def test_the_how_to_page_runs(
     chat = [{"role": "user", "content": "hi"}]
     ours, theirs = (each.tokenizer.chat(chat, add_generation_prompt=True) for each in (tiny, ran["model"]))
     assert ours == theirs
+
+
+def test_the_page_for_other_tools_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command and the Python of docs/how-to/use-elsewhere.md, in their order, with another model of that name."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "use-elsewhere.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_model()
+    save_model(tiny.decoder, tmp_path / "demo", eos_token_id=sorted(tiny.tokenizer.stop_ids), pad_token_id=0)
+    tiny.tokenizer.save(tmp_path / "demo")
+    add_lora(tiny.decoder, LoRA(rank=2), seed=0)
+    with torch.no_grad():
+        for parameter in tiny.decoder.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    save_adapter(tiny.decoder, tmp_path / "my-adapter")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    told = capsys.readouterr().out
+    assert "demo-hf: " in told
+    assert "largest difference 0 (of" in told
+    ran: dict[str, Any] = {}
+    exec("\n".join(block.removeprefix("python") for block in page.split("```") if block.startswith("python")), ran)  # noqa: S102
+    assert ran["done"].comparison.agreement == 1.0
+    ids, mine = ran["ids"]["input_ids"], ownlm.load("demo-tuned")
+    assert ids.tolist() == [ownlm.load("demo").tokenizer.encode("The village")]
+    with torch.inference_mode():
+        assert difference(ownlm.load("demo").logits(ids), ran["model"](ids).logits) <= 1e-5
+        assert difference(mine.logits(ids), ownlm.load("demo", adapter="my-adapter").logits(ids)) <= 1e-5
+        assert difference(mine.logits(ids), ran["model"](ids).logits) > 1e-3
