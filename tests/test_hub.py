@@ -643,7 +643,10 @@ def test_the_how_to_page_runs(
     assert torch.equal(ran["again"].logits(ids), ran["model"].logits(ids))
     tables = [block.removeprefix("toml") for block in page.split("```") if block.startswith("toml")]
     assert all(
-        hub.parse(value) for block in tables for table in tomllib.loads(block).values() for value in table.values()
+        hub.parse(value) or value in ("./gpt2", "./model.gguf")
+        for block in tables
+        for table in tomllib.loads(block).values()
+        for value in table.values()
     )
 
 

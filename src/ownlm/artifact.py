@@ -6,8 +6,8 @@
 An artifact is written into a hidden sibling, hashed, flushed to disk and renamed. Opening one reads every file it lists and
 compares its SHA-256: safetensors, torch.save and DCP all accept a flipped bit in silence, so the manifest is the checksum.
 
-A model of a hub (hf:owner/name) becomes an artifact the first time it is opened; a folder of Hugging Face's layout is opened
-where it lies, with a manifest that is made on the spot and is not written.
+A model of a hub (hf:owner/name) becomes an artifact the first time it is opened; a folder of Hugging Face's layout and a GGUF file
+are opened where they lie, with a manifest that is made on the spot and is not written.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A finished artifact on disk, verified when it was opened."""
+    """A finished artifact on disk, verified when it was opened. `path` is its folder, or a GGUF file."""
 
     path: Path
     manifest: Manifest
@@ -82,7 +82,7 @@ class Artifact:
 
     @property
     def ref(self) -> str:
-        """name@version; of a folder that is no artifact, which has version 0, its path."""
+        """name@version; of a folder or file that is no artifact, which has version 0, its path."""
         return f"{self.manifest.name}@{self.manifest.version}" if self.version else str(self.path)
 
     @property
@@ -111,7 +111,12 @@ class Artifact:
         if name not in self.manifest.files:
             known = ", ".join(sorted(self.manifest.files))
             raise ArtifactError(f"{self.kind} artifact without {name}.", where=self.ref, cure=f"It has: {known}.")
-        return self.path / name
+        return self.folder / name
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are."""
+        return self.path.parent if self.path.suffix == ".gguf" and self.path.is_file() else self.path
 
 
 class Draft:
@@ -147,7 +152,7 @@ class Workspace:
         self.reporter = reporter or Reporter.silent()
         self.verified: set[tuple[str, str]] = set()  # (path, digest) read through and found whole by this process
         self.commits: dict[hub.Source, str] = {}  # what branches and tags meant when this process asked first
-        self.folders: dict[tuple[Any, ...], Artifact] = {}  # (path, sizes and times) of folders that are no artifacts
+        self.folders: dict[tuple[Any, ...], Artifact] = {}  # (path, sizes and times) of what is no artifact
 
     @property
     def artifacts(self) -> Path:
@@ -231,6 +236,8 @@ class Workspace:
     def remove(self, ref: str) -> Artifact:
         """Delete one artifact and return what it was. Refused while another artifact was made from it."""
         artifact = self._read(self._locate(ref))
+        if not artifact.version:
+            raise UserError("ownlm didn't make this, and doesn't delete it.", where=str(artifact.path))
         users = [
             other.ref
             for other in self.all()
@@ -294,6 +301,8 @@ class Workspace:
     def _locate(self, ref: str) -> Path:
         if (Path(ref) / "manifest.json").is_file() or kind_of(Path(ref)):
             return Path(ref)
+        if ref.endswith(".gguf"):
+            raise NotFound("there is no such file.", where=ref)
         name, at, number = ref.partition("@")
         versions = self._versions(name) if NAME.fullmatch(name) else []
         if versions and (not at or number in {str(known) for known in versions}):
@@ -313,13 +322,21 @@ class Workspace:
         ours = self.artifacts.resolve() in path.resolve().parents  # there a missing manifest is damage
         if ours or (path / "manifest.json").is_file() or not (kind := kind_of(path)):
             return Artifact(path, read_manifest(path / "manifest.json"))
-        path = path.resolve()
-        names = sorted([*hub.beside(path), *(file.name for file in path.glob("*.safetensors"))])
-        stats = {name: (path / name).stat() for name in names}
+        if path.is_file():
+            from ownlm import gguf  # brings numpy, which `ownlm --help` does without
+
+            path = path.parent.resolve() / path.name  # not where a link leads: a cache has other names for its files
+            names = [part.name for part in gguf.parts(path) if part.is_file()]
+        else:
+            path = path.resolve()
+            names = sorted([*hub.beside(path), *(file.name for file in path.glob("*.safetensors"))])
+        folder = path.parent if path.is_file() else path
+        stats = {name: (folder / name).stat() for name in names}
         key = (path, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
         if key not in self.folders:
-            files = {name: {"sha256": sha256(path / name), "bytes": stats[name].st_size} for name in names}
-            self.folders[key] = Artifact(path, _manifest_of_folder(path, kind, files))
+            files = {name: {"sha256": sha256(folder / name), "bytes": stats[name].st_size} for name in names}
+            written = max(stat.st_mtime for stat in stats.values())
+            self.folders[key] = Artifact(path, _manifest_of(path, kind, files, written))
         artifact = self.folders[key]
         self.verified.add((str(path), artifact.digest))  # hashed just now; its files may be links into another cache
         return artifact
@@ -363,7 +380,7 @@ def verify(artifact: Artifact) -> None:
     """Read every file the manifest lists and compare its hash. Raises ArtifactError that names each bad file."""
     faults = []
     for name, entry in artifact.manifest.files.items():
-        path = artifact.path / name
+        path = artifact.folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
             faults.append(f"{name} leaves the artifact")
         elif not path.is_file():
@@ -394,7 +411,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def kind_of(folder: Path) -> str | None:
-    """What a folder of Hugging Face's layout is, by its files; None when it is no such folder."""
+    """What a folder of Hugging Face's layout is, by its files, or a GGUF file; None when it is none of these."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        return "checkpoint"
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return "checkpoint"
     if (folder / hub.ADAPTER[0]).is_file():
@@ -414,18 +433,17 @@ def own_code(folder: Path) -> list[str]:
     return sorted(found)[:10]
 
 
-def _manifest_of_folder(path: Path, kind: str, files: dict[str, dict[str, Any]]) -> Manifest:
-    written = max((path / name).stat().st_mtime for name in files)
-    code = own_code(path)
+def _manifest_of(path: Path, kind: str, files: dict[str, dict[str, Any]], written: float) -> Manifest:
+    code, one = own_code(path), path.is_file()
     return Manifest(
         kind=kind,
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", path.name).strip("-._")[:100] or "model",
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if one else path.name).strip("-._")[:100] or "model",
         version=0,
         created=datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds"),
         fingerprint="",
         digest=_digest(kind, files),
         inputs={},
-        recipe={"folder": str(path)},
+        recipe={"file" if one else "folder": str(path)},
         seed=0,
         packages={},
         machine={},

@@ -379,7 +379,7 @@ COMMANDS: dict[str, Command] = {
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
-            SAMPLING,
+            (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
     ),
     "classify": Command(

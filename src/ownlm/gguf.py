@@ -11,6 +11,7 @@ told in `formats/ggml.py`. Format: github.com/ggml-org/ggml, docs/gguf.md.
 import math
 import mmap
 import os
+import re
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ MAX_TENSORS = MAX_KEYS = 2**16
 MAX_DEPTH = 4  # of arrays in arrays; llama.cpp itself reads none
 MAX_DIMS = 4
 MAX_NAME = 63  # bytes; llama.cpp reads no longer tensor names
+PART, MAX_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf"), 1000
 
 STRING, ARRAY = 8, 9
 NUMBERS: dict[int, np.dtype[Any]] = {
@@ -106,6 +108,14 @@ def read(path: Path | str) -> File:
             raise ArtifactError(f"the file is cut short ({size} bytes) or not GGUF.", where=str(path))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
             return _Header(path, view).read()
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a model, by the name of one: all parts of a split one, the first one first; else the file itself."""
+    named = PART.fullmatch(path.name)
+    if named is None or not 1 <= int(named[3]) <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{named[1]}-{at:05}-of-{named[3]}.gguf") for at in range(1, int(named[3]) + 1)]
 
 
 def stream(file: File) -> Iterator[tuple[str, NDArray[np.uint8], Callable[[int], None]]]:

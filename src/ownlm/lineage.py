@@ -61,7 +61,8 @@ def describe(workspace: Workspace, ref: str, reporter: Reporter) -> None:
         )
     else:
         reporter.line(
-            f"{artifact.ref}: a folder with a {artifact.kind}, not made by ownlm, last changed {manifest.created}"
+            f"{artifact.ref}: {'a GGUF file' if artifact.path.is_file() else 'a folder'} with a {artifact.kind}, "
+            f"not made by ownlm, last changed {manifest.created}"
         )
     reporter.line(f"  where    {artifact.path}  ({size(artifact.bytes)}, every file verified)")
     if artifact.version:

@@ -12,12 +12,12 @@ from transformers import T5ForConditionalGeneration
 import ownlm
 from ownlm import cli
 from ownlm.errors import UserError
-from ownlm.generate import seq2seq
 from ownlm.generate.model import load, load_decoder
-from ownlm.generate.seq2seq import Beams, Seq2Seq, batches, beam_search
+from ownlm.generate.sampling import Sampling
+from ownlm.generate.seq2seq import Seq2Seq, batches, beam_search
 from ownlm.models.families import from_hf
 from ownlm.models.weights import save_model
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["translate: a", "", "summarize: the quick brown fox jumps over the lazy dog", "b" * 20, "the end"]
@@ -101,51 +101,51 @@ def sources(vocab_size: int, seed: int) -> list[list[int]]:
 # ── Beam search ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SEARCHES = [
-    Beams(count=2),
-    Beams(count=4, length_penalty=0.0),
-    Beams(count=3, length_penalty=2.0, early_stopping=True),
-    Beams(count=5, length_penalty=0.6, early_stopping="never"),
-    Beams(count=2, length_penalty=2.0, early_stopping="never"),
-    Beams(count=3, length_penalty=-1.0, early_stopping="never"),
-    Beams(count=4, early_stopping=True),
+    Sampling(beams=2),
+    Sampling(beams=4, length_penalty=0.0),
+    Sampling(beams=3, length_penalty=2.0, early_stopping=True),
+    Sampling(beams=5, length_penalty=0.6, early_stopping="never"),
+    Sampling(beams=2, length_penalty=2.0, early_stopping="never"),
+    Sampling(beams=3, length_penalty=-1.0, early_stopping="never"),
+    Sampling(beams=4, early_stopping=True),
 ]
 
 
-@pytest.mark.parametrize("beams", SEARCHES, ids=str)
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
 @pytest.mark.parametrize("stops", [[], [5], [1, 5, 9]], ids=len)
-def test_beams_equal_transformers(beams: Beams, stops: list[int], reference: Any) -> None:
+def test_beams_equal_transformers(search: Sampling, stops: list[int], reference: Any) -> None:
     endings = set()
     for seed in range(4):
         prompts = sources(24, seed)
-        ours = beam_search(model(seed, 24, 0.3), prompts, beams, limit=14, stop_ids=frozenset(stops))
+        ours = beam_search(model(seed, 24, 0.3), prompts, search, limit=14, stop_ids=frozenset(stops))
         expected = theirs(
             reference(seed, 24, 0.3),
             prompts,
             stops,
-            num_beams=beams.count,
-            length_penalty=beams.length_penalty,
-            early_stopping=beams.early_stopping,
+            num_beams=search.beams,
+            length_penalty=search.length_penalty,
+            early_stopping=search.early_stopping,
             max_new_tokens=14,
         )
         assert [best.tokens for best in ours] == expected
         endings |= {best.ended for best in ours}
         for best in ours:
             assert best.total == pytest.approx(sum(best.logprobs), abs=1e-4)
-    assert not stops or beams.length_penalty > 1 or True in endings
+    assert not stops or search.length_penalty > 1 or True in endings
 
 
 def test_a_mistake_in_the_search_would_be_noticed(reference: Any) -> None:
     """The settings matter on these models: each changes what is found."""
     prompts, found = sources(24, 1), set()
-    for beams in (*SEARCHES, Beams(count=1), Beams(count=8)):
-        answers = beam_search(model(1, 24, 0.3), prompts, beams, limit=14, stop_ids=frozenset([1, 5, 9]))
+    for search in (*SEARCHES, Sampling(beams=1), Sampling(beams=8)):
+        answers = beam_search(model(1, 24, 0.3), prompts, search, limit=14, stop_ids=frozenset([1, 5, 9]))
         found.add(tuple(best.tokens for best in answers))
     assert len(found) >= 5
 
 
 def test_one_beam_is_greedy(loaded: Seq2Seq) -> None:
     prompts = [loaded.prompt_ids(text) for text in TEXTS]
-    found = beam_search(loaded.model, prompts, Beams(count=1), limit=12, stop_ids=frozenset())
+    found = beam_search(loaded.model, prompts, Sampling(beams=1), limit=12, stop_ids=frozenset())
     for best, greedy in zip(found, loaded.generate(TEXTS, **FREE), strict=True):
         assert best.tokens == greedy.tokens
         assert best.logprobs == pytest.approx(greedy.logprobs, abs=1e-4)
@@ -170,7 +170,7 @@ def test_batched_beams_are_one_by_one(loaded: Seq2Seq) -> None:
 def test_greedy_equals_transformers(stops: list[int], reference: Any) -> None:
     for seed in range(4):
         prompts, ours = sources(24, seed), Seq2Seq(model(seed, 24), TOKENIZER)
-        sampling = seq2seq.Sampling(max_tokens=14, stop_ids=frozenset(stops))
+        sampling = Sampling(max_tokens=14, stop_ids=frozenset(stops))
         found: list[list[int]] = [[] for _ in prompts]
         for event in ours.events(prompts, sampling):
             assert event.token is not None
@@ -224,14 +224,18 @@ def test_refusals(loaded: Seq2Seq, directory: Path) -> None:
     for wrong in ({"temperature": 1.0}, {"stop": "x"}):
         with pytest.raises(UserError, match="neither temperature nor stop"):
             loaded.generate("a", beams=2, **wrong)
-    with pytest.raises(UserError, match="1 to 64 beams"):
+    with pytest.raises(UserError, match="beams must be between 1 and 64, not 0"):
         loaded.generate("a", beams=0)
     with pytest.raises(UserError, match="early_stopping"):
-        loaded.generate("a", beams=2, early_stopping="soon")  # type: ignore[call-overload]
+        loaded.generate("a", beams=2, early_stopping="soon")
+    with pytest.raises(UserError, match="are for several beams"):
+        loaded.generate("a", length_penalty=2.0)
+    with pytest.raises(UserError, match=r"only encoder-decoders search over beams\. Leave beams out"):
+        tiny_model().generate("a", beams=2, max_tokens=3)
     with pytest.raises(UserError, match="no such setting"):
         loaded.generate("a", beam=2)
     with pytest.raises(UserError, match="300 is not a token"):
-        list(loaded.events([[300]], seq2seq.Sampling(max_tokens=1)))
+        list(loaded.events([[300]], Sampling(max_tokens=1)))
     with pytest.raises(UserError, match="a decoder is needed"):
         load_decoder(directory)
 
@@ -264,4 +268,11 @@ def test_command_line(directory: Path, loaded: Seq2Seq, capsys: pytest.CaptureFi
     assert '"finish_reason"' in capsys.readouterr().out
     assert cli.main(["generate", str(directory), "hello", "--chat"]) == 2
     assert "not messages" in capsys.readouterr().err
+    searched = loaded.generate("hello", max_tokens=8, beams=4, length_penalty=0.5, early_stopping="never")
+    assert searched.text != expected
+    settings = ["max_tokens=8", "beams=4", "length_penalty=0.5", "early_stopping=never"]
+    assert cli.main(["generate", str(directory), "hello", *settings]) == 0
+    assert capsys.readouterr().out == searched.text + "\n"
+    assert cli.main(["generate", str(directory), "hello", *settings, "temperature=1.0"]) == 2
+    assert "neither temperature nor stop" in capsys.readouterr().err
     assert cli.main(["chat", str(directory)]) == 2

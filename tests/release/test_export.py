@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ownlm
 from ownlm.cli import main
 from ownlm.errors import NotFound, UserError
+from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
+from ownlm.models.peft import save_adapter
 from ownlm.models.weights import load_model, save_model
-from ownlm.release.export import TEXT, export
+from ownlm.release.compare import TEXT
+from ownlm.release.export import export
 from tiny import tiny_model
 
 TOKENIZER = Path(__file__).parents[3] / "shared" / "vectors" / "torchtitan"
@@ -42,10 +45,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_gguf(checkpoint: Path, tmp_path: Path) -> None:
     done = export(checkpoint, out=tmp_path / "tiny.gguf", quantization="F32")
-    assert (done.kind, done.architecture, done.notes, done.writes) == ("gguf", "qwen3", (), True)
+    assert (done.kind, done.architecture, done.notes, done.comparison.chooses) == ("gguf", "qwen3", (), True)
     assert done.bytes == (tmp_path / "tiny.gguf").stat().st_size
-    assert (done.max_difference, done.agreement, done.compared_tokens) == (0.0, 1.0, 256)
-    assert done.max_value > 5
+    assert (done.comparison.max_difference, done.comparison.agreement, done.compared_tokens) == (0.0, 1.0, 256)
+    assert done.comparison.max_value > 5
     fields = reference.GGUFReader(done.path).fields
     assert fields["general.name"].contents() == "tiny"
     assert fields["general.file_type"].contents() == 0
@@ -61,19 +64,24 @@ def test_coarser_types_differ_more(checkpoint: Path, tmp_path: Path) -> None:
         q: export(checkpoint, out=tmp_path / f"{q}.gguf", quantization=q)
         for q in ("F16", "Q8_0", "Q6_K", "Q4_K", "Q4_0")
     }
-    differences = [each.max_difference for each in found.values()]
+    differences = [each.comparison.max_difference for each in found.values()]
     assert 0 < differences[0] < 0.1
     assert differences == sorted(differences)
     sizes = [each.bytes for each in found.values()]
     assert sizes == sorted(sizes, reverse=True)
-    assert found["F16"].agreement > found["Q4_0"].agreement > 0.3
+    assert found["F16"].comparison.agreement > found["Q4_0"].comparison.agreement > 0.3
 
 
 def test_a_hugging_face_folder(checkpoint: Path, tmp_path: Path) -> None:
     """Also of a GGUF file, whose config and tokenizer transformers then reads."""
     export(checkpoint, out=tmp_path / "tiny.gguf", quantization="F16")
     done = export(tmp_path / "tiny.gguf", to="hf", out=tmp_path / "again")
-    assert (done.kind, done.architecture, done.max_difference, done.agreement) == ("hf", "qwen3", 0.0, 1.0)
+    assert (done.kind, done.architecture, done.comparison.max_difference, done.comparison.agreement) == (
+        "hf",
+        "qwen3",
+        0.0,
+        1.0,
+    )
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float16"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "again"), ownlm.load(tmp_path / "tiny.gguf")
@@ -89,10 +97,10 @@ def test_a_hugging_face_folder(checkpoint: Path, tmp_path: Path) -> None:
 def test_an_encoder(tmp_path: Path) -> None:
     save_encoder("bert", "Model", tmp_path / "hf")
     done = export(tmp_path / "hf", out=tmp_path / "bert.gguf", quantization="F16")
-    assert not done.writes
-    assert done.agreement > 0.9999
-    assert 0 < done.max_difference < 0.05
-    assert "cosine of the text's vectors 1.0" in done.told or "0.9999" in done.told
+    assert not done.comparison.chooses
+    assert done.comparison.agreement > 0.9999
+    assert 0 < done.comparison.max_difference < 0.05
+    assert "cosine of vectors 1.0" in done.told or "0.9999" in done.told
     assert "There is no tokenizer with the model: the file takes token ids only." in done.notes
 
 
@@ -100,7 +108,7 @@ def test_without_a_tokenizer(tmp_path: Path) -> None:
     save(CONFIGS["mistral"], tmp_path / "hf")
     done = export(tmp_path / "hf", out=tmp_path / "a.gguf", quantization="F32")
     assert done.compared_tokens == 24  # where llama.cpp ends its context
-    assert done.max_difference < 1e-4
+    assert done.comparison.max_difference < 1e-4
     assert [note.split(":")[0] for note in done.notes] == [
         "llama.cpp has no windows in llama models", "There is no tokenizer with the model",
     ]  # fmt: skip
@@ -142,7 +150,7 @@ def test_a_number_that_the_type_cant_hold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"blk.1.ffn_down.weight: it holds a number that F16 can't. Take BF16 or F32"):
         export(tmp_path / "large", out=tmp_path / "a.gguf", quantization="F16")
     assert sorted(os.listdir(tmp_path)) == ["hf", "large"]
-    assert export(tmp_path / "large", out=tmp_path / "a.gguf", quantization="BF16").agreement > 0.9
+    assert export(tmp_path / "large", out=tmp_path / "a.gguf", quantization="BF16").comparison.agreement > 0.9
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,3 +188,35 @@ def test_the_how_to_page_runs(
     chat = [{"role": "user", "content": "hi"}]
     ours, theirs = (each.tokenizer.chat(chat, add_generation_prompt=True) for each in (tiny, ran["model"]))
     assert ours == theirs
+
+
+def test_the_page_for_other_tools_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command and the Python of docs/how-to/use-elsewhere.md, in their order, with another model of that name."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "use-elsewhere.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    tiny = tiny_model()
+    save_model(tiny.decoder, tmp_path / "demo", eos_token_id=sorted(tiny.tokenizer.stop_ids), pad_token_id=0)
+    tiny.tokenizer.save(tmp_path / "demo")
+    add_lora(tiny.decoder, LoRA(rank=2), seed=0)
+    with torch.no_grad():
+        for parameter in tiny.decoder.parameters():
+            parameter += 0.1 * parameter.requires_grad
+    save_adapter(tiny.decoder, tmp_path / "my-adapter")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) == 2
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    told = capsys.readouterr().out
+    assert "demo-hf: " in told
+    assert "largest difference 0 (of" in told
+    ran: dict[str, Any] = {}
+    exec("\n".join(block.removeprefix("python") for block in page.split("```") if block.startswith("python")), ran)  # noqa: S102
+    assert ran["done"].comparison.agreement == 1.0
+    ids, mine = ran["ids"]["input_ids"], ownlm.load("demo-tuned")
+    assert ids.tolist() == [ownlm.load("demo").tokenizer.encode("The village")]
+    with torch.inference_mode():
+        assert difference(ownlm.load("demo").logits(ids), ran["model"](ids).logits) <= 1e-5
+        assert difference(mine.logits(ids), ownlm.load("demo", adapter="my-adapter").logits(ids)) <= 1e-5
+        assert difference(mine.logits(ids), ran["model"](ids).logits) > 1e-3

@@ -23,7 +23,8 @@ from ownlm import gguf
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
 from ownlm.models.weights import load_model, save_model
-from ownlm.release.export import TEXT, export
+from ownlm.release.compare import TEXT
+from ownlm.release.export import export
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import from_gguf
 from ownlm.tokens.gguf_write import PROBES, to_gguf

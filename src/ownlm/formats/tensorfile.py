@@ -138,7 +138,8 @@ def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str
     """(name, tensor, give_back) in file order: the tensor as a view of the mapped file; use (copy) it before asking for the
     next. `give_back(rows)` says that so many of its rows were copied, so that a large one is never in memory twice."""
     with path.open("rb") as file:
-        # Beyond the end of a file there is no memory: touching it would end the process.
+        # Beyond the end of a file there is no memory: touching it would end the process (SIGBUS). A file that is cut short from
+        # here on still does that; no check could come in time, and a handler in Python would never run.
         if os.fstat(file.fileno()).st_size < max((entry.end for entry in entries.values()), default=1):
             raise ArtifactError("the file was cut short after its header was read.", where=str(path))
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

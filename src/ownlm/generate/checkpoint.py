@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 
-from ownlm import gguf
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models import peft
 from ownlm.models.adapters import merge
 from ownlm.models.weights import load_model
-from ownlm.tokens.codec import Tokenizer
-from ownlm.tokens.gguf import from_gguf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +22,6 @@ class Checkpoint:
     name: str
     ref: str
     digest: str
-
-
-def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint's directory, or inside its GGUF file. Raises NotFound or UserError where there is none."""
-    return from_gguf(gguf.read(path).metadata) if path.is_file() else Tokenizer.load(path)
 
 
 def open_checkpoint(

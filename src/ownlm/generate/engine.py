@@ -119,6 +119,8 @@ class Engine:
             raise ContextTooLong(len(prompt), wanted, self.context)
         if not prompt:
             raise UserError("the prompt has no tokens.", where="prompt")
+        if sampling.beams > 1:
+            raise UserError("only encoder-decoders search over beams.", where="beams", cure="Leave beams out.")
         vocab_size = self.model.config.vocab_size
         wrong = next((id for id in prompt if not 0 <= id < vocab_size), None)
         if wrong is not None:

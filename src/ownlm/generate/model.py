@@ -26,7 +26,7 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
-from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
+from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.engine import Engine
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
@@ -46,6 +46,7 @@ from ownlm.models.vision_language import VisionLanguage
 from ownlm.records import Completion, Message
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import tokenizer_of
 
 Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
 Prompt: TypeAlias = str | Chat

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ownlm.generate.grammar import Form
 from ownlm.kernels import choose
 
 MAX_TOP_LOGPROBS = 20
+MAX_BEAMS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,10 @@ class Sampling:
     echo         also report the log-probabilities of the prompt's tokens
     n            how many answers to the same prompt
     form         the answer is of this form: JSON of a schema, a regular expression, a grammar
+    beams        answers kept side by side while the likeliest is searched (encoder-decoders only; without temperature or stop)
+    length_penalty   of beams: an answer is worth the sum of its log-probabilities / its length ** length_penalty
+    early_stopping   of beams: true: when `beams` answers are complete; false: when no open one, were it to end now, could still
+                     beat them; "never": when none could at its best possible length
     """
 
     max_tokens: int | None = None
@@ -67,6 +73,9 @@ class Sampling:
     echo: bool = False
     n: int = 1
     form: Form | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         least = 0 if self.echo else 1
@@ -85,10 +94,16 @@ class Sampling:
             "stop": (all(self.stop), "strings of at least one character"),
             "logprobs": (0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"between 0 and {MAX_TOP_LOGPROBS}"),
             "n": (self.n >= 1, "at least 1"),
+            "beams": (1 <= self.beams <= MAX_BEAMS, f"between 1 and {MAX_BEAMS}"),
+            "early_stopping": (self.early_stopping in (True, False, "never"), 'true, false or "never"'),
         }
         faults = [
             f"{name} must be {rule}, not {getattr(self, name)!r}." for name, (fine, rule) in rules.items() if not fine
         ]
+        if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
+            faults.append("length_penalty and early_stopping are for several beams.")
+        if self.beams > 1 and (self.temperature > 0 or self.stop):
+            faults.append("A search over beams takes neither temperature nor stop strings.")
         if faults:
             raise UserError(" ".join(faults), where="sampling")
 

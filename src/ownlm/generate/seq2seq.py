@@ -11,7 +11,7 @@ Shapes: B rows (answers, or answers x beams), S source tokens, V vocabulary.
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from ownlm.errors import UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
-from ownlm.generate.sampling import Sampling, sample
+from ownlm.generate.sampling import MAX_BEAMS, Sampling, sample
 from ownlm.generate.sequence import Event
 from ownlm.generate.sequence import Sequence as Writing
 from ownlm.generate.text import StopText
@@ -29,29 +29,7 @@ from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 
 BATCH_TOKENS = 8192  # source tokens of one batch, padding and beams included
-BATCH_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Beams:
-    """How to search. An answer's score is the sum of its log-probabilities / its length ** `length_penalty`.
-
-    early_stopping  True: when `count` answers are complete; False: when no open one, were it to end now, could still beat
-                    them; "never": when none could at its best possible length
-    """
-
-    count: int
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= BATCH_ROWS:
-            raise UserError(f"there can be 1 to {BATCH_ROWS} beams, not {self.count}.", where="beams")
-        if self.early_stopping not in (True, False, "never"):
-            raise UserError(f'true, false or "never", not {self.early_stopping!r}.', where="early_stopping")
-
-    def score(self, total: float, length: int) -> float:
-        return total / float(length**self.length_penalty)
+BATCH_ROWS = MAX_BEAMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +68,20 @@ class Seq2Seq:
     @overload
     def generate(self, prompt: Sequence[str], sampling: Sampling | None = None, **fields: Any) -> list[Completion]: ...
     def generate(
-        self,
-        prompt: str | Sequence[str],
-        sampling: Sampling | None = None,
-        *,
-        beams: int = 1,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
-        **fields: Any,
+        self, prompt: str | Sequence[str], sampling: Sampling | None = None, **fields: Any
     ) -> Completion | list[Completion]:
         """What the model makes of a text, or of each of a list of texts.
 
-        Further keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, … Greedy by default;
-        with `beams`, the answer of the best score (`Beams`). Raises UserError for settings that exclude each other.
+        Keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, beams, … Greedy by default.
+        Raises UserError for settings that exclude each other.
         """
         settings = plain(as_sampling(sampling, fields))
-        search = Beams(count=beams, length_penalty=length_penalty, early_stopping=early_stopping)
-        if beams > 1 and (settings.temperature > 0 or settings.stop):
-            raise UserError("a search over beams takes neither temperature nor stop strings.", where="beams")
         texts = [prompt] if isinstance(prompt, str) else prompt
         prompts = [self.prompt_ids(text) for text in texts]
         results: list[Completion | None] = [None] * len(prompts)
-        for chosen in batches(prompts, beams):
-            batch = [prompts[index] for index in chosen]
-            found = self._written(batch, settings) if beams == 1 else self._searched(batch, settings, search)
+        work = self._written if settings.beams == 1 else self._searched
+        for chosen in batches(prompts, settings.beams):
+            found = work([prompts[index] for index in chosen], settings)
             for index, completion in zip(chosen, found, strict=True):
                 results[index] = completion
         done = [completion for completion in results if completion is not None]
@@ -136,8 +104,11 @@ class Seq2Seq:
         return self.generate(asked, **{"max_tokens": asking.TASKS_TOKENS[kind], **fields}) if asked else []
 
     def stream(self, prompt: str, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
-        """The pieces of the answer's text, as they come."""
+        """The pieces of the answer's text, as they come; of a search over beams the whole, which is known at the end only."""
         settings = plain(as_sampling(sampling, fields))
+        if settings.beams > 1:
+            yield self.generate(prompt, settings).text
+            return
         for event in self.events([self.prompt_ids(prompt)], settings):
             if event.text:
                 yield event.text
@@ -174,9 +145,9 @@ class Seq2Seq:
             answers[event.request].add(event)
         return [answer.completion(len(prompt)) for answer, prompt in zip(answers, prompts, strict=True)]
 
-    def _searched(self, prompts: Sequence[Sequence[int]], sampling: Sampling, beams: Beams) -> list[Completion]:
+    def _searched(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         limit, stops = self._limits(sampling)
-        found = beam_search(self.model, prompts, beams, limit=limit, stop_ids=stops)
+        found = beam_search(self.model, prompts, sampling, limit=limit, stop_ids=stops)
         return [
             Completion(
                 text=self.tokenizer.decode(best.tokens[:-1] if best.ended else best.tokens),
@@ -248,7 +219,7 @@ def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
 def beam_search(
     model: EncoderDecoder,
     prompts: Sequence[Sequence[int]],
-    beams: Beams,
+    sampling: Sampling,
     *,
     limit: int,
     stop_ids: frozenset[int],
@@ -256,9 +227,9 @@ def beam_search(
     """The best answer found for each source, of at most `limit` tokens.
 
     At every step the likeliest continuations of a source's open answers are taken in order: those that end are complete if
-    they are among the first `count`, and the first `count` that don't end stay open.
+    they are among the first `beams`, and the first `beams` that don't end stay open.
     """
-    count, device = beams.count, model.head_weight.device
+    count, device = sampling.beams, model.head_weight.device
     # So many that `count` of them don't end, whatever the others do.
     width = max(2, 1 + len(stop_ids)) * count
     source = read(model, prompts).rows(torch.arange(len(prompts), device=device).repeat_interleave(count))
@@ -281,11 +252,11 @@ def beam_search(
                 new = Hypothesis((*before.tokens, token), (*before.logprobs, logprob), total, ended)
                 if ended or place + 1 == limit:
                     if rank < count:
-                        complete[row].append((beams.score(total, place + 1), new))
+                        complete[row].append((_score(sampling, total, place + 1), new))
                 elif len(kept) < count:
                     kept.append((position * count + parent, new))
             complete[row] = sorted(complete[row], key=lambda scored: -scored[0])[:count]
-            if kept and _goes_on(beams, kept[0][1].total, place + 1, limit, complete[row]):
+            if kept and _goes_on(sampling, kept[0][1].total, place + 1, limit, complete[row]):
                 going.append(position)
                 parents += [parent for parent, _ in kept]
                 open_answers[row] = [answer for _, answer in kept]
@@ -315,11 +286,17 @@ def _continuations(
         ]
 
 
-def _goes_on(beams: Beams, best: float, length: int, limit: int, complete: Sequence[tuple[float, Hypothesis]]) -> bool:
+def _score(sampling: Sampling, total: float, length: int) -> float:
+    return total / float(length**sampling.length_penalty)
+
+
+def _goes_on(
+    sampling: Sampling, best: float, length: int, limit: int, complete: Sequence[tuple[float, Hypothesis]]
+) -> bool:
     """Whether an open answer may still be worth more than the worst complete one; `best` is the sum of the likeliest."""
-    if len(complete) < beams.count:
+    if len(complete) < sampling.beams:
         return True
-    if beams.early_stopping is True:
+    if sampling.early_stopping is True:
         return False
-    longest = limit if beams.early_stopping == "never" and beams.length_penalty > 0 else length
-    return beams.score(best, longest) > complete[-1][0]
+    longest = limit if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
+    return _score(sampling, best, longest) > complete[-1][0]

@@ -3,77 +3,67 @@
     export(ref, to="gguf", quantization="Q4_K", out="model.gguf")     llama.cpp, and all that is built on it
     export(ref, to="hf", out="folder")                                transformers, vLLM, …
 
-The result is loaded back as any stranger's file would be, and both models read the same tokens: what is reported is the largest
-difference between their numbers and how often they would choose the same next token.
+The result is loaded back as any stranger's file would be, and both models read the same text or images: what is reported is the
+largest difference between their numbers and how often they would choose the same (compare.py).
 """
 
 import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeGuard, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ownlm import device, gguf
 from ownlm.artifact import Workspace
-from ownlm.errors import NotFound, UserError
-from ownlm.formats.settings import read_json
-from ownlm.generate.checkpoint import open_checkpoint, tokenizer_of
+from ownlm.errors import ArtifactError, NotFound, UserError
+from ownlm.formats.settings import read_json, write_json
+from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.models.decoder import Decoder
+from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
 from ownlm.models.gguf.write import QUANTIZATIONS, describe
+from ownlm.models.vision import VisionTower
+from ownlm.models.vision_language import VisionLanguage
 from ownlm.models.weights import load_model, save_model
+from ownlm.release.compare import Comparison, compare, numbers, sample
 from ownlm.report import size
 from ownlm.storage import flush, storage
 from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.gguf_write import to_gguf
 
 Format: TypeAlias = Literal["gguf", "hf"]
 FORMATS = ("gguf", "hf")
-COMPARED_TOKENS = 256
 FLOAT32_SHARE = 0.6  # of the free memory, for a model that is compared in float32
-# What both models read where they have a tokenizer: prose, numbers, code, and a little of other languages.
-TEXT = """The lighthouse keeper wrote down the weather every evening: wind from the west, 14 knots, rain by night. On the third of
-March 1911 she added a sentence that nobody understood for sixty years. "Today," it said, "the sea was quiet, and I counted 27 ships."
-
-def count(ships: list[str]) -> dict[str, int]:
-    return {name: ships.count(name) for name in set(ships)}
-
-Il fait beau. Это было давно. 海は静かだった。 The answer is 3 * (7 + 12) = 57, isn't it?
-"""
+# Beside a model and its tokenizer: how other programs are to generate, and how images are prepared.
+SETTINGS = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """Where it is and how it compares, over `compared_tokens` places: the largest difference of a logit beside the largest logit,
-    and the share of places where both models choose the same token. Of a model that writes nothing (`writes`), hidden states are
-    compared instead, and the agreement is the cosine between both vectors of the text. `notes` tell what will differ elsewhere."""
+    """Where it is and how it compares with the original, over so many tokens and images; `notes` tell what will differ elsewhere."""
 
     path: Path
     kind: Format
     architecture: str
     bytes: int
     compared_tokens: int
-    max_difference: float
-    max_value: float
-    agreement: float
-    writes: bool
+    compared_images: int
+    comparison: Comparison
     notes: tuple[str, ...]
 
     @property
     def told(self) -> str:
         """All of it in a sentence or two."""
-        alike = (
-            f"same choice at {self.agreement:.1%}"
-            if self.writes
-            else f"cosine of the text's vectors {self.agreement:.6f}"
-        )
+        counts = {"tokens": self.compared_tokens, "images": self.compared_images}
+        over, found = " and ".join(f"{count} {name}" for name, count in counts.items() if count), self.comparison
+        alike = f"same choice at {found.agreement:.1%}" if found.chooses else f"cosine of vectors {found.agreement:.6f}"
         return (
-            f"{self.path}: {size(self.bytes)}, architecture {self.architecture}. Loaded back, over {self.compared_tokens} tokens: "
-            f"largest difference {self.max_difference:.2g} (of {self.max_value:.3g}), {alike}."
+            f"{self.path}: {size(self.bytes)}, architecture {self.architecture}. Loaded back, over {over}: "
+            f"largest difference {found.max_difference:.2g} (of {found.max_value:.3g}), {alike}."
         )
 
 
@@ -86,7 +76,7 @@ def export(
     adapter: str | Path | None = None,
     workspace: Workspace | None = None,
 ) -> Exported:
-    """Write a decoder or an encoder for other programs, and compare what was written with the original.
+    """Write a model of any family for other programs, and compare what was written with the original.
 
     ref           name, name@version, hf:owner/name, a Hugging Face directory or a GGUF file; an adapter comes with its base
     out           a file for "gguf", a new folder for "hf"
@@ -97,37 +87,30 @@ def export(
     path = Path(out)
     _check(path, to, quantization)
     found = open_checkpoint(ref, adapter=adapter, workspace=workspace or Workspace(device.home()))
-    model, tokenizer, name = found.module, _tokenizer(found.path), found.name
+    model, source, name = found.module, found.path, found.name
+    tokenizer = _tokenizer(source)
     del found
-    if not isinstance(model, Decoder | Encoder):
-        raise UserError("only decoders and encoders of text can be exported.", where=str(ref))
     stored = next(model.parameters()).dtype
     count = sum(parameter.numel() for parameter in model.parameters())
     if 4 * count < FLOAT32_SHARE * device.free_memory_bytes():
         model = model.float()
     dtype = next(model.parameters()).dtype
-    ids = _ids(model, tokenizer)
-    ours = _numbers(model, ids)
+    read = sample(model, tokenizer)
     if to == "gguf":
         architecture, context, notes = _write_gguf(model, tokenizer, path, quantization, name)
+        read = read.first(context)
     else:
-        architecture, context, notes = _write_hf(model, tokenizer, path, stored)
+        architecture, notes = _write_hf(model, tokenizer, source, path, stored)
+    ours = numbers(model, read)
     del model  # one in memory at a time
-    ids, ours = ids[:context], ours[:context]
-    again = load_model(path, dtype=dtype)
-    theirs = _numbers(again, ids)
-    choices = theirs.argmax(-1) == ours.argmax(-1)
-    vectors = torch.nn.functional.cosine_similarity(theirs.mean(0), ours.mean(0), dim=0)
     return Exported(
         path=path,
         kind=to,
         architecture=architecture,
         bytes=sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*"))),
-        compared_tokens=len(ids),
-        max_difference=float((theirs - ours).abs().max()),
-        max_value=float(ours.abs().max()),
-        agreement=float(choices.float().mean() if _writes(again) else vectors),
-        writes=_writes(again),
+        compared_tokens=len(read.ids),
+        compared_images=len(read.images),
+        comparison=compare(ours, numbers(load_model(path, dtype=dtype), read)),
         notes=notes,
     )
 
@@ -158,9 +141,12 @@ def _tokenizer(source: Path) -> Tokenizer | None:
 
 
 def _write_gguf(
-    model: Decoder | Encoder, tokenizer: Tokenizer | None, path: Path, quantization: str, name: str
+    model: Any, tokenizer: Tokenizer | None, path: Path, quantization: str, name: str
 ) -> tuple[str, int, tuple[str, ...]]:
     """(architecture, how many tokens its context has, notes)"""
+    if not isinstance(model, Decoder | Encoder):
+        kind = model.hf["model_type"]
+        raise UserError(f"a model of type {kind} can't be written as GGUF.", where=name, cure='Export it with to="hf".')
     described = describe(model, QUANTIZATIONS[quantization])
     metadata: dict[str, gguf.Value] = {
         "general.architecture": described.architecture,
@@ -181,40 +167,31 @@ def _write_gguf(
 
 
 def _write_hf(
-    model: Decoder | Encoder, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype
-) -> tuple[str, int, tuple[str, ...]]:
-    """The same for a directory, written whole or not at all."""
+    model: Any, tokenizer: Tokenizer | None, source: Path, path: Path, dtype: torch.dtype
+) -> tuple[str, tuple[str, ...]]:
+    """(architecture, notes) of a directory that is written whole or not at all."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    kept = {name: read_json(source / name) for name in SETTINGS if (source / name).is_file()}
     special: dict[str, Any] = {}
+    if tokenizer is not None and SETTINGS[0] not in kept:
+        special = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        special["eos_token_id"] = sorted(tokenizer.stop_ids)
     try:
         with storage(path.parent):
+            save_model(model, draft, dtype=dtype, **special)
+            for name, fields in kept.items():
+                write_json(draft / name, fields)
             if tokenizer is not None:
                 tokenizer.save(draft)
-                special = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-                special["eos_token_id"] = sorted(tokenizer.stop_ids)
-            save_model(model, draft, dtype=dtype, **special)
+                if Tokenizer.load(draft).digest != tokenizer.digest:
+                    raise ArtifactError("the tokenizer that was written reads back as another one.", where=str(source))
             draft.rename(path)
             flush(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    notes = () if tokenizer is not None else ("There is no tokenizer with the model.",)
-    return str(read_json(path / "config.json")["model_type"]), model.config.max_tokens, notes
-
-
-def _ids(model: Decoder | Encoder, tokenizer: Tokenizer | None) -> Tensor:
-    """The tokens that are compared: of a text, or any."""
-    most = min(COMPARED_TOKENS, model.config.max_tokens)
-    if tokenizer is None:
-        return torch.randint(0, model.config.vocab_size, (most,), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(tokenizer.document(TEXT)[:-1][:most])
-
-
-@torch.inference_mode()
-def _numbers(model: Decoder | Encoder, ids_T: Tensor) -> Tensor:
-    """(T, V) logits of a decoder, (T, D) hidden states of an encoder, in float32."""
-    hidden_TD: Tensor = model(ids_T[None])[0]
-    return model.logits(hidden_TD) if _writes(model) else hidden_TD.float()
-
-
-def _writes(model: Decoder | Encoder) -> TypeGuard[Decoder]:
-    return isinstance(model, Decoder) and model.task is None
+    missing = []
+    if tokenizer is None and not isinstance(model, VisionTower):
+        missing.append("There is no tokenizer with the model.")
+    if isinstance(model, VisionTower | DualTower | VisionLanguage) and not kept.keys() & set(SETTINGS[1:]):
+        missing.append("There is no preprocessor_config.json with the model, which says how images are prepared.")
+    return str(read_json(path / "config.json")["model_type"]), tuple(missing)

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from operator import index
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from ownlm import gguf
 from ownlm.errors import UserError
 from ownlm.tokens import convert
 from ownlm.tokens.codec import Tokenizer
@@ -56,6 +58,11 @@ BEGINS = (
     "tekken",
 )
 FRAMED = ("jina-v1-en", "jina-v2-code", "roberta-bpe")  # <s> text </s>
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's directory, or inside its GGUF file. Raises NotFound or UserError where there is none."""
+    return from_gguf(gguf.read(path).metadata) if path.is_file() else Tokenizer.load(path)
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:

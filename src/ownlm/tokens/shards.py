@@ -19,6 +19,7 @@ from ownlm.records import Document, read_jsonl
 from ownlm.report import Reporter, quantity
 from ownlm.storage import storage
 from ownlm.tokens.codec import Tokenizer
+from ownlm.tokens.gguf import tokenizer_of
 
 Dtype = np.dtype[np.uint16] | np.dtype[np.uint32]
 SPLITS = ("train", "validation", "test")
@@ -60,7 +61,7 @@ def tokenize(recipe: TokensRecipe, workspace: Workspace, reporter: Reporter) -> 
     inputs = {"documents": documents, "tokenizer": source}
     if found := workspace.find(recipe.name, kind="tokens", inputs=inputs, recipe=recipe):
         return found
-    tokenizer = Tokenizer.load(source.path)
+    tokenizer = tokenizer_of(source.path)
     with workspace.create("tokens", recipe.name, inputs=inputs, recipe=recipe) as draft:
         dtype: Dtype = np.dtype(np.uint16) if tokenizer.vocab_size <= 2**16 else np.dtype(np.uint32)
         splits = {}

@@ -30,6 +30,7 @@ from ownlm.tokens.batches import Batches, DocumentRows, Micro, validation_docume
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.corrupt import MaskedLM, PermutationLM, SpanCorruption, marks
 from ownlm.tokens.examples import Corruption, Made, corrupted, text_length, validation_corrupted
+from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.shards import Shard, open_shard
 from ownlm.train.objectives import OBJECTIVES, Distillation, Objective, distillation, start_from_teacher
 
@@ -163,7 +164,7 @@ def learning(
         found = OBJECTIVES[objective.kind]
         return found, found
     assert teacher is not None
-    if Tokenizer.load(teacher.path).digest != tokenizer.digest:
+    if tokenizer_of(teacher.path).digest != tokenizer.digest:
         raise UserError(
             "the teacher reads another vocabulary than the student.",
             where=teacher.ref,

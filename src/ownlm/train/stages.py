@@ -34,6 +34,7 @@ from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import Batches, DocumentRows, Micro
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.examples import Made
+from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.shards import Shard, TokensRecipe, open_shard, tokenize
 from ownlm.train.conversations import prepare_chat
 from ownlm.train.loop import Settings, Work, return_freed_memory, train, validate
@@ -212,7 +213,7 @@ def pretrain(
         inputs["teacher"] = workspace.open(recipe.objective.teacher, "checkpoint")
     if found := workspace.find(recipe.name, kind="checkpoint", inputs=inputs, recipe=recipe, seed=recipe.seed):
         return found
-    tokenizer = Tokenizer.load(source.path)
+    tokenizer = tokenizer_of(source.path)
     model = new_model(
         recipe.objective,
         hf=recipe.hf,
@@ -267,7 +268,7 @@ def finetune(
     kind: Kind = "checkpoint" if recipe.lora is None or recipe.merge else "adapter"
     if ready := workspace.find(recipe.name, kind=kind, inputs=inputs, recipe=recipe, seed=recipe.seed):
         return ready
-    tokenizer = Tokenizer.load(base.path)
+    tokenizer = tokenizer_of(base.path)
     model = load_model(base.path, dtype=torch.float32)
     context = recipe.context or model.config.max_tokens
     if context > model.config.max_tokens:

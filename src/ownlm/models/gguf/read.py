@@ -1,6 +1,5 @@
 """GGUF files as checkpoints: a file, or all parts of a split one -> its config, its names, and its tensors, decoded one at a time."""
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,9 +15,6 @@ from ownlm.formats.tensorfile import Entry
 from ownlm.models.families import from_hf
 from ownlm.models.families.family import Opened, Tensors
 from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, pooling
-
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-MOST_PARTS = 1000
 
 
 def open_gguf(path: Path) -> Opened:
@@ -66,14 +62,14 @@ def _parts(path: Path) -> list[gguf.File]:
     count = file.metadata.get("split.count")
     if not isinstance(count, np.integer) or count <= 1:
         return [file]
-    named = PART.fullmatch(path.name)
-    if named is None or int(named[3]) != count or count > MOST_PARTS:
+    paths = gguf.parts(path)
+    if len(paths) != count:
         raise ArtifactError(
             f"it is one of {count} parts, but isn't called so.",
             where=str(path),
             cure=f"Name the parts NAME-00001-of-{int(count):05}.gguf and so on.",
         )
-    return [gguf.read(path.with_name(f"{named[1]}-{at:05}-of-{named[3]}.gguf")) for at in range(1, int(count) + 1)]
+    return [gguf.read(part) for part in paths]
 
 
 def _stream(parts: list[gguf.File]) -> Iterator[Tensors]:
