@@ -74,6 +74,11 @@ class Seq2Seq:
         self.name, self.ref, self.digest = name, ref or name, digest
 
     @property
+    def context(self) -> int:
+        """Tokens that a source may have, and an answer."""
+        return self.model.config.max_tokens
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -109,15 +114,24 @@ class Seq2Seq:
         if beams > 1 and (settings.temperature > 0 or settings.stop):
             raise UserError("a search over beams takes neither temperature nor stop strings.", where="beams")
         texts = [prompt] if isinstance(prompt, str) else prompt
-        prompts = [self.prompt_ids(text) for text in texts]
+        done = self.answers([self.prompt_ids(text) for text in texts], settings, search)
+        return done[0] if isinstance(prompt, str) else done
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, search: Beams | None = None
+    ) -> list[Completion]:
+        """What the model makes of each source, given as tokens."""
+        beams = 1 if search is None else search.count
         results: list[Completion | None] = [None] * len(prompts)
         for chosen in batches(prompts, beams):
             batch = [prompts[index] for index in chosen]
-            found = self._written(batch, settings) if beams == 1 else self._searched(batch, settings, search)
+            if search is None or beams == 1:
+                found = self._written(batch, sampling)
+            else:
+                found = self._searched(batch, sampling, search)
             for index, completion in zip(chosen, found, strict=True):
                 results[index] = completion
-        done = [completion for completion in results if completion is not None]
-        return done[0] if isinstance(prompt, str) else done
+        return [completion for completion in results if completion is not None]
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
         """Each text in another language, asked as T5 was trained; languages by name or ISO code. `fields`: see `generate`."""
