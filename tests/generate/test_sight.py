@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,11 @@ def test_the_how_to_runs(
     printed = capsys.readouterr().out.splitlines()
     assert {word for word in ("cat", "dog", "bicycle") if f"'{word}'" in printed[0]} == {"cat", "dog", "bicycle"}
     assert printed[1] in ("0", "1")
+    monkeypatch.setenv("OWNLM_HOME", str(tmp_path / "home"))
+    (command,) = re.findall(r"```sh\nownlm (classify .*)\n```", page)
+    assert cli.main(shlex.split(command)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (printed[0], printed[2]) == ("photo.jpg", "other.png")
 
 
 # ── ViT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -84,10 +84,12 @@ def test_classification_from_a_table(tmp_path: Path, base: Path) -> None:
         model.entities("aaaa")
 
 
-def test_tokens_from_conll(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.parametrize("kind", ["encoder", "base"])
+def test_tokens_from_conll(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = [f"x{n}\tO\nBob\tB-name\nRay\tI-name\n" for n in range(30)]
     (tmp_path / "t.conll").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, encoder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
+    folder = request.getfixturevalue(kind)
+    model = tuned(tmp_path, folder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
     (found,) = model.entities("x99 Bob Ray")
     assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
 

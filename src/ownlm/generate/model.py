@@ -345,7 +345,8 @@ class Model:
         if not asked:
             return []
         room = self.context - max(len(self.prompt_ids(prompt)) for prompt in asked)
-        return self.generate(asked, asking.settings(kind, shape, room, fields))
+        found: list[Completion] = self.generate(asked, asking.settings(kind, shape, room, fields))
+        return found
 
     def score(self, prompt: Prompt, continuation: str) -> tuple[float, ...]:
         """The natural log-probability of each token of `continuation` after `prompt`; their sum is the text's."""

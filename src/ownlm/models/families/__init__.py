@@ -144,13 +144,18 @@ def _decoder(
     *,
     prefix: str = "model.",
     derived: str = r".*rotary_emb\.inv_freq",
+    token: str = "score",
 ) -> Family:
+    """`token` is what files call the head that labels tokens; one for whole texts is "score" everywhere."""
     copies = {"lm_head.weight": "embed_tokens.weight", "embed_out.weight": "embed_tokens.weight"}
     return Family(
         architecture=name,
         read=lambda fields: d.with_task(fields, read(fields)),
         build=Decoder,
-        names=lambda config: {**names(config), "head.out": "score"},
+        names=lambda config: {
+            **names(config),
+            "head.out": token if config.head and config.head.task == "token" else "score",
+        },
         prefix=prefix,
         derived=derived,
         copies=copies,
@@ -193,9 +198,15 @@ WRITERS = {"gpt2": g.write_gpt2, "llama": d.write_llama, "qwen3": d.write_llama,
 MASKS = r".*attn(\.attention)?\.(bias|masked_bias)|.*attention\.(bias|masked_bias)|.*rotary_emb\.inv_freq"
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": _decoder("GPT2LMHeadModel", g.read_gpt2, g.gpt2_names, prefix="transformer.", derived=MASKS),
-    "gpt_neo": _decoder("GPTNeoForCausalLM", g.read_gpt_neo, g.gpt_neo_names, prefix="transformer.", derived=MASKS),
-    "gpt_neox": _decoder("GPTNeoXForCausalLM", g.read_gpt_neox, g.gpt_neox_names, prefix="gpt_neox.", derived=MASKS),
+    "gpt2": _decoder(
+        "GPT2LMHeadModel", g.read_gpt2, g.gpt2_names, prefix="transformer.", derived=MASKS, token="classifier"
+    ),
+    "gpt_neo": _decoder(
+        "GPTNeoForCausalLM", g.read_gpt_neo, g.gpt_neo_names, prefix="transformer.", derived=MASKS, token="classifier"
+    ),
+    "gpt_neox": _decoder(
+        "GPTNeoXForCausalLM", g.read_gpt_neox, g.gpt_neox_names, prefix="gpt_neox.", derived=MASKS, token="classifier"
+    ),
     "llama": _decoder("LlamaForCausalLM", d.read_llama),
     "mistral": _decoder("MistralForCausalLM", d.read_mistral),
     "mixtral": _decoder("MixtralForCausalLM", d.read_mixtral, d.mixtral_names),
