@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +89,15 @@ def test_the_model_answers_from_python(village):
 def test_the_shipped_recipes_are_whole():
     for path in sorted(pipeline.recipes_folder().glob("*.toml")):
         assert pipeline.read_recipe(path).name
+
+
+def test_the_recipes_of_the_pages_are_whole(tmp_path):
+    pages = sorted((Path(__file__).parents[1] / "docs" / "how-to").glob("*.md"))
+    found = [table for page in pages for table in re.findall(r"```toml\n(name = .*?)```", page.read_text(), re.S)]
+    assert len(found) >= 5
+    for table in found:
+        (tmp_path / "recipe.toml").write_text(table)
+        assert pipeline.read_recipe(tmp_path / "recipe.toml").name
 
 
 @pytest.mark.parametrize("change", ["people=9", "people=8", "mentions=0"])

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import ownlm
+from ownlm import cli
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.model import Model, load, load_decoder
 from ownlm.generate.vision import ImageClassifier, ImageText
@@ -148,6 +151,28 @@ def test_clip_refuses(clip: Any) -> None:
         load_decoder(clip[0])
 
 
+def test_images_are_classified_on_the_command_line(
+    clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OWNLM_HOME", str(tmp_path / "home"))
+    IMAGES[0].save("a.png")
+    IMAGES[1].save("b.png")
+    model = str(clip[0])
+    assert cli.main(["classify", model, "a.png", "b.png", "--labels", "cat, dog,bicycle", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a.png", "b.png"]
+    expected = load(clip[0]).classify_images(IMAGES[:2], ["cat", "dog", "bicycle"])
+    assert [row["labels"] for row in rows] == [pytest.approx(one, abs=1e-5) for one in expected]
+    for words, told in (
+        (["a.png"], "needs labels to choose from"),
+        (["none.png", "--labels", "cat,dog"], "none.png"),
+        (["a.png", "--labels", "cat,cat"], "different labels"),
+    ):
+        assert cli.main(["classify", model, *words]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_the_how_to_runs(
     clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +187,11 @@ def test_the_how_to_runs(
     printed = capsys.readouterr().out.splitlines()
     assert {word for word in ("cat", "dog", "bicycle") if f"'{word}'" in printed[0]} == {"cat", "dog", "bicycle"}
     assert printed[1] in ("0", "1")
+    monkeypatch.setenv("OWNLM_HOME", str(tmp_path / "home"))
+    (command,) = re.findall(r"```sh\nownlm (classify .*)\n```", page)
+    assert cli.main(shlex.split(command)) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert (printed[0], printed[2]) == ("photo.jpg", "other.png")
 
 
 # ── ViT ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,12 @@ from encoder_references import ENCODERS, LABELS, answer, batch, real, save_encod
 from references import CONFIGS, difference, make_loud, save
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, init_weights, uniform
@@ -154,6 +159,27 @@ def test_transformers_loads_a_fresh_head_on_a_decoder(name: str, tmp_path: Path)
         assert difference(model.head(model(ids), mask), reference(ids, attention_mask=mask.long()).logits) <= BAR
     with pytest.raises(AssertionError, match="sequence"):
         model.logits(model(ids))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_label_tokens(name: str, tmp_path: Path) -> None:
+    """From transformers with the same logits, and back to it, byte for byte; a fresh head is read by transformers."""
+    config = AutoConfig.for_model(**CONFIGS[name] | LABELS)
+    reference = make_loud(AutoModelForTokenClassification.from_config(config, attn_implementation="eager"))
+    reference.save_pretrained(tmp_path)
+    model, (ids, mask) = load_model(tmp_path), padded("right")
+    with torch.inference_mode():
+        expected = reference(ids, attention_mask=mask.long()).logits[mask]
+        assert difference(model.head(model(ids))[mask], expected) <= BAR
+    save_model(model, tmp_path / "again")
+    ours, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert ours.keys() == given.keys()
+    assert all(torch.equal(ours[key], given[key]) for key in ours)
+    fresh = with_head(model, "token", NAMES[:2], seed=1)
+    save_model(fresh, tmp_path / "fresh")
+    with torch.inference_mode():
+        expected = theirs(tmp_path / "fresh", AutoModelForTokenClassification)(ids, attention_mask=mask.long()).logits
+        assert difference(fresh.head(fresh(ids))[mask], expected[mask]) <= BAR
 
 
 def test_a_decoder_has_no_other_head(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From files of examples to a model that answers: each task on a tiny decoder or encoder, and what stands in the way."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,12 @@ def test_classification_from_a_table(tmp_path: Path, base: Path) -> None:
         model.entities("aaaa")
 
 
-def test_tokens_from_conll(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.parametrize("kind", ["encoder", "base"])
+def test_tokens_from_conll(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = [f"x{n}\tO\nBob\tB-name\nRay\tI-name\n" for n in range(30)]
     (tmp_path / "t.conll").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, encoder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
+    folder = request.getfixturevalue(kind)
+    model = tuned(tmp_path, folder, ExamplesSource(task="tokens", train=str(tmp_path / "t.conll")), steps=60)
     (found,) = model.entities("x99 Bob Ray")
     assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
 
@@ -110,17 +113,24 @@ def test_rewriting_and_plain_text_are_learned_by_a_decoder(tmp_path: Path, base:
     pairs = ExamplesSource(task="seq2seq", train=str(tmp_path / "a.txt"), targets=str(tmp_path / "b.txt"))
     model = tuned(tmp_path, base, pairs, steps=80)
     assert model.generate("say 99\n", max_tokens=8).text == "yes"
+    recipe = EvaluateRecipe(name="scores", checkpoint="tuned", documents="examples", max_tokens=8)
+    scored = evaluate(recipe, Workspace(tmp_path / "home"), QUIET)
+    for metric in ("chrF", "ROUGE-L"):
+        assert scored.facts["scores"][f"examples {metric}"]["value"] == 1.0
+        assert scored.facts["scores"][f"examples {metric}"]["baseline"] == 1.0  # everyone says yes
+    (answer, *_) = map(json.loads, scored.file("answers.jsonl").read_text().splitlines())
+    assert (answer["given"], answer["expected"], answer["ok"]) == ("yes", "yes", True)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "t.txt").write_text("The same words come again and again. " * 40, encoding="utf-8")
     workspace = Workspace(tmp_path / "home")
     collect(
         DocumentsRecipe(name="texts", source=FolderSource(path=str(tmp_path / "texts")), rules=False), workspace, QUIET
     )
-    recipe = FinetuneRecipe(
+    reading = FinetuneRecipe(
         name="reader", checkpoint=str(base), documents="texts", task="text", context=32, batch_tokens=256, steps=30,
         optimizer=FAST, precision="fp32", validate_every=None, checkpoint_every=None,
     )  # fmt: skip
-    assert finetune(recipe, workspace, QUIET).facts["loss"] < 3.5  # 5.6 nats is a guess among 259 tokens
+    assert finetune(reading, workspace, QUIET).facts["loss"] < 3.5  # 5.6 nats is a guess among 259 tokens
 
 
 def test_held_out_files_stay_as_they_are_and_out_of_training(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ownlm.errors import UserError
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
+from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.records import Completion, Message, Score
 from ownlm.report import Reporter
 
@@ -43,12 +44,14 @@ class Settings:
     max_bytes     at most so much held-out text for bits per byte
     max_tokens    of one generated answer
     batch_tokens  tokens of one forward pass
+    prefix        before each source of seq2seq
     """
 
     limit: int | None = None
     max_bytes: int = 300_000
     max_tokens: int = 32
     batch_tokens: int = 8192
+    prefix: str = ""
     seed: int = 0
 
 
@@ -77,7 +80,7 @@ class Result:
     seconds: float = 0.0
 
 
-Task: TypeAlias = Callable[[Model, Settings, Reporter], Result]
+Task: TypeAlias = Callable[[Any, Settings, Reporter], Result]  # of a Model; examples of seq2seq also of a Seq2Seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,10 @@ def evaluate_model(
 
 
 def measure(
-    model: Model, tasks: Mapping[str, Task], settings: Settings | None = None, reporter: Reporter | None = None
+    model: Model | Seq2Seq,
+    tasks: Mapping[str, Task],
+    settings: Settings | None = None,
+    reporter: Reporter | None = None,
 ) -> list[Result]:
     """Every task's result, with its seconds. Raises UserError when nothing of a task fits into the model's context."""
     settings, reporter = settings or Settings(), reporter or Reporter.silent()

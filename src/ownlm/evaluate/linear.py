@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORD = re.compile(r"\w\w+|[^\w\s]")
-STEPS = 200
+STEPS, HISTORY = 200, 10  # each step remembered is two copies of the weights
 
 
 class TfIdf:
@@ -57,7 +57,8 @@ class Linear:
         self.weight_FC = torch.zeros(len(self.tfidf.index), len(self.labels), requires_grad=True)
         self.bias_C = torch.zeros(len(self.labels), requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [self.weight_FC, self.bias_C], max_iter=STEPS, tolerance_grad=1e-4, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+            [self.weight_FC, self.bias_C], max_iter=STEPS, history_size=HISTORY, tolerance_grad=1e-4, tolerance_change=1e-7,
+            line_search_fn="strong_wolfe",
         )  # fmt: skip
 
         def loss() -> Tensor:

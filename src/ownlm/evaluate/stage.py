@@ -14,7 +14,8 @@ from ownlm.evaluate import page, report
 from ownlm.evaluate.harness import Result, Settings, measure
 from ownlm.evaluate.plots import Curve
 from ownlm.evaluate.tasks import make_tasks
-from ownlm.generate.model import load_decoder
+from ownlm.generate.model import load_writer
+from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.lineage import lineage
 from ownlm.recipe import validate
 from ownlm.records import Score, from_json, to_json, write_jsonl
@@ -45,6 +46,7 @@ class EvaluateRecipe:
     max_bytes     of held-out text for bits per byte
     max_tokens    of an answer
     batch_tokens  of one forward pass; the scores don't depend on it
+    prefix        before each source of seq2seq; none given: the one the checkpoint was tuned with
     """
 
     name: str
@@ -56,6 +58,7 @@ class EvaluateRecipe:
     max_bytes: int = 300_000
     max_tokens: int = 32
     batch_tokens: int = 8192
+    prefix: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,9 +82,16 @@ def evaluate(recipe: EvaluateRecipe, workspace: Workspace, reporter: Reporter) -
     tasks = make_tasks(documents, recipe.tasks, [file.path for file in recipe.files])
     if not tasks:
         raise UserError("there is nothing to evaluate on.", where=documents.ref, cure="Name `files` of questions.")
-    model = load_decoder(checkpoint.path, workspace=workspace)
+    model = load_writer(checkpoint.path, workspace=workspace)
+    if isinstance(model, Seq2Seq) and set(tasks) != {"examples"}:
+        raise UserError(
+            f"an encoder-decoder can't be asked {', '.join(name for name in tasks if name != 'examples')}.",
+            where=checkpoint.ref,
+            cure="Name documents with examples of seq2seq.",
+        )
     settings = Settings(
         limit=recipe.limit, max_bytes=recipe.max_bytes, max_tokens=recipe.max_tokens, batch_tokens=recipe.batch_tokens,
+        prefix=str(checkpoint.manifest.recipe.get("prefix", "")) if recipe.prefix is None else recipe.prefix,
         seed=recipe.seed,
     )  # fmt: skip
     results = measure(model, tasks, settings, reporter)

@@ -58,7 +58,7 @@ def prompts(kind: str, shape: Shape, texts: Sequence[str], **words: str) -> list
     return asked
 
 
-def settings(kind: str, shape: Shape, fields: dict[str, Any]) -> Sampling:
-    """How to write: greedily, up to the next line where a form is filled in; `fields` change it."""
+def settings(kind: str, shape: Shape, room: int, fields: dict[str, Any]) -> Sampling:
+    """How to write: greedily, up to the next line where a form is filled in, within the `room` that prompts leave; `fields` change it."""
     stop = {"stop": ("\n",)} if shape == "form" else {}
-    return Sampling(**{"max_tokens": TASKS_TOKENS[kind], **stop, **fields})
+    return Sampling(**{"max_tokens": max(1, min(TASKS_TOKENS[kind], room)), **stop, **fields})

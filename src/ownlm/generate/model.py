@@ -358,7 +358,11 @@ class Model:
         self.writer()
         shape: asking.Shape = "form" if self.tokenizer.template is None else "chat"
         asked = asking.prompts(kind, shape, texts, **words)
-        return self.generate(asked, asking.settings(kind, shape, fields)) if asked else []
+        if not asked:
+            return []
+        room = self.context - max(len(self.prompt_ids(prompt)) for prompt in asked)
+        found: list[Completion] = self.generate(asked, asking.settings(kind, shape, room, fields))
+        return found
 
     def score(self, prompt: Prompt, continuation: str) -> tuple[float, ...]:
         """The natural log-probability of each token of `continuation` after `prompt`; their sum is the text's."""

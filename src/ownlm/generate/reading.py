@@ -124,7 +124,7 @@ class Headed:
         """The stretch of the context that answers best; a long context is read in windows that overlap by half."""
         self.need("span")
         asked, text = piece(self.tokenizer, question), piece(self.tokenizer, context)
-        if not text.ids:
+        if not context.strip() or not text.ids:
             raise UserError("the text to answer from is empty.", where="context")
         room = self.frame.room(self.limit, pair=True)
         asked = asked.part(0, room // 2)

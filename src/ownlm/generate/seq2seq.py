@@ -52,6 +52,11 @@ class Seq2Seq:
         self.name, self.ref, self.digest = name, ref or name, digest
 
     @property
+    def context(self) -> int:
+        """Tokens that a source may have, and an answer."""
+        return self.model.config.max_tokens
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -77,15 +82,18 @@ class Seq2Seq:
         """
         settings = plain(as_sampling(sampling, fields))
         texts = [prompt] if isinstance(prompt, str) else prompt
-        prompts = [self.prompt_ids(text) for text in texts]
+        done = self.answers([self.prompt_ids(text) for text in texts], settings)
+        return done[0] if isinstance(prompt, str) else done
+
+    def answers(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
+        """What the model makes of each source, given as tokens."""
         results: list[Completion | None] = [None] * len(prompts)
-        work = self._written if settings.beams == 1 else self._searched
-        for chosen in batches(prompts, settings.beams):
-            found = work([prompts[index] for index in chosen], settings)
+        work = self._written if sampling.beams == 1 else self._searched
+        for chosen in batches(prompts, sampling.beams):
+            found = work([prompts[index] for index in chosen], sampling)
             for index, completion in zip(chosen, found, strict=True):
                 results[index] = completion
-        done = [completion for completion in results if completion is not None]
-        return done[0] if isinstance(prompt, str) else done
+        return [completion for completion in results if completion is not None]
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
         """Each text in another language, asked as T5 was trained; languages by name or ISO code. `fields`: see `generate`."""

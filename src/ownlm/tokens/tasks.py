@@ -166,21 +166,22 @@ def answer(examples: Sequence[Asked], reader: Reader) -> Examples[Any]:
     return Examples(rows, collate, left_out=len(examples) - len(rows))
 
 
+def source_ids(tokenizer: Tokenizer, text: str, room: int, *, decoder: bool) -> list[int]:
+    """At most `room` tokens of a text that is to be rewritten, and what tells the model to begin: a decoder a line end, an
+    encoder-decoder the end token."""
+    end = tokenizer.encode("\n") if decoder else [tokenizer.eos_id]
+    return [*tokenizer.document(text)[:-1][: max(0, room - len(end))], *end]
+
+
 def rewriting(examples: Sequence[Rewritten], reader: Reader, prefix: str) -> Examples[Any]:
     """Sources after a prefix, and targets with their end token; what is longer than the context is cut. A decoder goes on with the
     target after the source and a line end."""
-    tokenizer, eos, limit = reader.tokenizer, reader.tokenizer.eos_id, reader.context
+    tokenizer, limit = reader.tokenizer, reader.context
+    decoder = reader.start_id is None
     rows = []
     for one in examples:
-        source, target = (
-            tokenizer.document(prefix + one.source)[:-1],
-            [*tokenizer.encode(one.target)[: limit // 2], eos],
-        )
-        if reader.start_id is None:
-            end = tokenizer.encode("\n")
-            source = [*source[: limit - len(target) - len(end)], *end]
-        else:
-            source = [*source[: limit - 1], eos]
+        target = [*tokenizer.encode(one.target)[: limit // 2], tokenizer.eos_id]
+        source = source_ids(tokenizer, prefix + one.source, limit - len(target) * decoder, decoder=decoder)
         rows.append(Row(ids=source, types=[], wanted=target))
 
     def collate(some: Sequence[Row[list[int]]]) -> Micro:

@@ -101,8 +101,9 @@ GPT2: dict[str, Any] = {
 
 def _decoder(
     name: str, read: Any, names: Names = d.LLAMA, *, prefix: str = "model.", derived: str = ROTARY,
-    spelled: Mapping[str, str] = AS_IS, **defaults: Any,
+    spelled: Mapping[str, str] = AS_IS, token: str = "score", **defaults: Any,
 ) -> Family:  # fmt: skip
+    """`token` is what files call the head that labels tokens; one for whole texts is "score" everywhere."""
     table = names if callable(names) else fixed(names)
     return Family(
         architecture=name,
@@ -110,7 +111,10 @@ def _decoder(
         spelled=spelled,
         defaults=defaults,
         build=Decoder,
-        names=lambda config: {**table(config), "head.out": "score"},
+        names=lambda config: {
+            **table(config),
+            "head.out": token if config.head and config.head.task == "token" else "score",
+        },
         prefix=prefix,
         derived=derived,
         copies={"lm_head.weight": "embed_tokens.weight", "embed_out.weight": "embed_tokens.weight"},
@@ -171,15 +175,17 @@ def _llava(name: str, read: Any) -> Family:
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _decoder(
-        "GPT2LMHeadModel", d.read_gpt2, d.GPT2, prefix="transformer.", derived=MASKS, spelled=d.GPT2_FIELDS, **GPT2,
+        "GPT2LMHeadModel", d.read_gpt2, d.GPT2, prefix="transformer.", derived=MASKS, spelled=d.GPT2_FIELDS,
+        token="classifier", **GPT2,
     ),
     "gpt_neo": _decoder(
         "GPTNeoForCausalLM", d.read_gpt_neo, d.GPT_NEO, prefix="transformer.", derived=MASKS, spelled=d.GPT_NEO_FIELDS,
+        token="classifier",
         window_size=256, **GPT2,
     ),
     "gpt_neox": _decoder(
         "GPTNeoXForCausalLM", d.read_gpt_neox, d.gpt_neox_names, prefix="gpt_neox.", derived=MASKS,
-        spelled=d.GPT_NEOX_FIELDS, partial_rotary_factor=0.25,
+        spelled=d.GPT_NEOX_FIELDS, token="classifier", partial_rotary_factor=0.25,
         **GPT2 | {"hidden_act": "gelu", "tie_word_embeddings": False},
     ),
     "llama": _decoder("LlamaForCausalLM", d.llama),

@@ -16,10 +16,11 @@ from ownlm.models.specs import Experts, Layer, Norm, Rotary
 
 
 def with_task(fields: Fields, config: DecoderConfig) -> DecoderConfig:
-    """The same, with the head that the class of the file names if it is one for whole texts."""
-    if kind_of(fields.config) != "SequenceClassification":
-        return config
-    return replace(config, head=task_head(fields, "sequence", reads="last", bias=False))
+    """The same, with the head that the class of the file names if it is one for whole texts or for each token."""
+    kind = kind_of(fields.config)
+    if kind == "SequenceClassification":
+        return replace(config, head=task_head(fields, "sequence", reads="last", bias=False))
+    return replace(config, head=task_head(fields, "token")) if kind == "TokenClassification" else config
 
 
 def windows(config: DecoderConfig, window: int | None, local: Sequence[bool] | None = None) -> DecoderConfig:
