@@ -118,13 +118,16 @@ inline vi dot_int4(vi acc, vb w, const uint8_t* x) {
 #endif
 inline __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i x) {
     const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000));
-    const __m256 first = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
-    const __m256 both = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)), first);
-    return _mm256_add_ps(acc, both);
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)), acc);
 }
 inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
     const __m256i v = four_bytes(x);
     return {dot_bf16_half(acc.a, w.a, v), dot_bf16_half(acc.b, w.b, v)};
+}
+inline vb first_of_pairs(vb bf16) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(bf16.a, low), _mm256_and_si256(bf16.b, low)};
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

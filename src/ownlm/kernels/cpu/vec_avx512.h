@@ -57,6 +57,7 @@ inline vi dot_int4(vi acc, vb weights, const uint8_t* x) { return dot_int8(acc, 
 inline vf dot_bf16(vf acc, vb weights, const uint8_t* x) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)weights.v, (__m512bh)four_bytes(x))};
 }
+inline vb first_of_pairs(vb bf16) { return {_mm512_and_si512(bf16.v, _mm512_set1_epi32(0xffff))}; }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace ownlm::ISA

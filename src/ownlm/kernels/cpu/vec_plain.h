@@ -117,6 +117,10 @@ inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
         acc.v[r] += as_float(uint32_t(pairs[2 * r]) << 16) * x0 + as_float(uint32_t(pairs[2 * r + 1]) << 16) * x1;
     return acc;
 }
+inline vb first_of_pairs(vb bf16) {
+    for (int i = 0; i < 64; i += 4) bf16.v[i + 2] = bf16.v[i + 3] = 0;
+    return bf16;
+}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace ownlm::ISA
