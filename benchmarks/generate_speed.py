@@ -81,6 +81,7 @@ class Step:
         self.each, count = PROMPT // PAGE, max(STREAMS)
         self.pages_SP = np.arange(count * self.each, dtype=np.int32).reshape(count, self.each)
         self.cache, self.random = self.native.cache(count * self.each), np.random.default_rng(0)
+        self.filled = 0
 
     def run(self, sequence_R: Any, position_R: Any, wanted_R: Any) -> float:
         rows = [np.ascontiguousarray(each, np.int32) for each in (sequence_R, position_R, wanted_R)]
@@ -97,7 +98,9 @@ class Step:
         return self.run(np.zeros(PROMPT), np.arange(PROMPT), np.arange(PROMPT) == PROMPT - 1)
 
     def streams(self, count: int) -> float:
-        self.run(np.repeat(np.arange(count), CONTEXT), np.tile(np.arange(CONTEXT), count), np.zeros(count * CONTEXT))
+        while self.filled < count:  # once: what comes after is written over
+            self.run(np.full(CONTEXT, self.filled), np.arange(CONTEXT), np.zeros(CONTEXT))
+            self.filled += 1
         each = [self.run(np.arange(count), np.full(count, CONTEXT + at), np.ones(count)) for at in range(STEPS)]
         return statistics.median(each)
 

@@ -37,8 +37,18 @@ class Sequences:
         assert self.context, "llama.cpp makes no context"
         self.batch = llama_cpp.llama_batch_init(batch, 0, 1)
 
+        self.memory, self.filled = llama_cpp.llama_get_memory(self.context), 0
+
     def clear(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        llama_cpp.llama_memory_clear(self.memory, True)
+
+    def fill(self, sequences: int, tokens: int) -> None:
+        """So many sequences hold so many tokens afterwards."""
+        for sequence in range(self.filled):
+            assert llama_cpp.llama_memory_seq_rm(self.memory, sequence, tokens, -1)
+        for sequence in range(self.filled, sequences):
+            self.run([(token, sequence, token, False) for token in range(tokens)])
+        self.filled = max(self.filled, sequences)
 
     def run(self, rows: list[tuple[int, int, int, bool]]) -> float:
         """Seconds for rows of (token, sequence, position, wanted)."""
@@ -73,9 +83,7 @@ def main() -> None:
             seconds = prompts.run([(token, 0, at, at == length - 1) for at, token in enumerate(ids)])
         else:
             count, context = request["streams"], request["context"]
-            streams.clear()
-            for sequence in range(count):
-                streams.run([(token, sequence, at, False) for at, token in enumerate(range(context))])
+            streams.fill(count, context)
             ids = random.integers(vocabulary, size=(request["steps"], count)).tolist()
             seconds = statistics.median(
                 streams.run([(token, sequence, context + step, True) for sequence, token in enumerate(row)])
