@@ -46,7 +46,7 @@ struct Query {
 };
 
 struct Scratch {
-    std::vector<float> keys, values, scores, out, most, total;
+    std::vector<float> queries, out, most, total;
 };
 
 struct Kernels {

@@ -11,8 +11,9 @@
 // Activations. Rows are cut into blocks of 8; a block is a run of groups of 8 rows x 32 columns, in the type the weights ask
 // for: floats, bf16, or int8 with a scale for each row of the group (its largest magnitude / 127).
 //
-// Cache. A page holds PAGE positions of one sequence for all layers and heads: keys as (d, PAGE), so that one query meets
-// 16 positions at a time, values as (PAGE, d).
+// Cache. A page holds PAGE positions of one sequence for all layers and heads: floats stand as keys (d, PAGE), so that one
+// query meets 16 positions at a time, and values (PAGE, d); bf16 in the pairs that its products read: keys (d / 2, PAGE, 2),
+// values (PAGE / 2, d, 2).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -89,12 +89,16 @@ inline vb high_halves(vb x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), mask)};
 }
+inline __m256i four_bytes(const void* p) {
+    typedef int32_t __attribute__((may_alias, aligned(1))) Four;
+    return _mm256_set1_epi32(*(const Four*)p);
+}
 #ifdef __AVXVNNI__
-inline vi dot_int8(vi acc, vb w, int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
+inline vi dot_int8(vi acc, vb w, const uint8_t* x) {
+    const __m256i v = four_bytes(x);
     return {_mm256_dpbusd_avx_epi32(acc.a, w.a, v), _mm256_dpbusd_avx_epi32(acc.b, w.b, v)};
 }
-inline vi dot_int4(vi acc, vb w, int32_t x) { return dot_int8(acc, w, x); }
+inline vi dot_int4(vi acc, vb w, const uint8_t* x) { return dot_int8(acc, w, x); }
 #else
 inline __m256i fours(__m256i unsigned_bytes, __m256i signed_bytes) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1));
@@ -103,24 +107,27 @@ inline __m256i signed_fours(__m256i w, __m256i x) {
     const __m256i value = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // byte - 128
     return fours(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
 }
-inline vi dot_int8(vi acc, vb w, int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
+inline vi dot_int8(vi acc, vb w, const uint8_t* x) {
+    const __m256i v = four_bytes(x);
     return {_mm256_add_epi32(acc.a, signed_fours(w.a, v)), _mm256_add_epi32(acc.b, signed_fours(w.b, v))};
 }
-inline vi dot_int4(vi acc, vb w, int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
+inline vi dot_int4(vi acc, vb w, const uint8_t* x) {
+    const __m256i v = four_bytes(x);
     return {_mm256_add_epi32(acc.a, fours(w.a, v)), _mm256_add_epi32(acc.b, fours(w.b, v))};
 }
 #endif
 inline __m256 dot_bf16_half(__m256 acc, __m256i w, __m256i x) {
     const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000));
-    const __m256 first = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
-    const __m256 both = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)), first);
-    return _mm256_add_ps(acc, both);
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)), acc);
 }
-inline vf dot_bf16(vf acc, vb w, int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x);
+inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
+    const __m256i v = four_bytes(x);
     return {dot_bf16_half(acc.a, w.a, v), dot_bf16_half(acc.b, w.b, v)};
+}
+inline vb first_of_pairs(vb bf16) {
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(bf16.a, low), _mm256_and_si256(bf16.b, low)};
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -46,13 +46,18 @@ inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline vb load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vb low_halves(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline vb high_halves(vb a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
-// Lane r: acc + sum over i of weight byte [r][i] * x[i], for the four bytes of x.
-inline vi dot_int8(vi acc, vb weights, int32_t x) { return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))}; }
-inline vi dot_int4(vi acc, vb weights, int32_t x) { return dot_int8(acc, weights, x); }
-// Lane r: acc + weights [r][0] * x[0] + weights [r][1] * x[1], all bf16.
-inline vf dot_bf16(vf acc, vb weights, int32_t x) {
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)weights.v, (__m512bh)_mm512_set1_epi32(x))};
+// Lane r: acc + sum over i of weight byte [r][i] * x[i], for the four bytes at x.
+inline __m512i four_bytes(const void* p) {
+    typedef int32_t __attribute__((may_alias, aligned(1))) Four;
+    return _mm512_set1_epi32(*(const Four*)p);
 }
+inline vi dot_int8(vi acc, vb weights, const uint8_t* x) { return {_mm512_dpbusd_epi32(acc.v, weights.v, four_bytes(x))}; }
+inline vi dot_int4(vi acc, vb weights, const uint8_t* x) { return dot_int8(acc, weights, x); }
+// Lane r: acc + weights [r][0] * x[0] + weights [r][1] * x[1], the two at x; all bf16.
+inline vf dot_bf16(vf acc, vb weights, const uint8_t* x) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)weights.v, (__m512bh)four_bytes(x))};
+}
+inline vb first_of_pairs(vb bf16) { return {_mm512_and_si512(bf16.v, _mm512_set1_epi32(0xffff))}; }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 }  // namespace ownlm::ISA

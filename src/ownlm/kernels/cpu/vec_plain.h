@@ -101,22 +101,25 @@ inline vb high_halves(vb a) {
     for (auto& x : a.v) x >>= 4;
     return a;
 }
-inline vi dot_bytes(vi acc, vb w, int32_t x, int32_t offset) {
-    int8_t four[4];
-    std::memcpy(four, &x, 4);
+inline vi dot_bytes(vi acc, vb w, const uint8_t* x, int32_t offset) {
+    const int8_t* four = (const int8_t*)x;
     for (int r = 0; r < 16; r++)
         for (int i = 0; i < 4; i++) acc.v[r] += (int32_t(w.v[4 * r + i]) - offset) * four[i];
     return acc;
 }
-inline vi dot_int8(vi acc, vb w, int32_t x) { return dot_bytes(acc, w, x, 128); }
-inline vi dot_int4(vi acc, vb w, int32_t x) { return dot_bytes(acc, w, x, 0); }
-inline vf dot_bf16(vf acc, vb w, int32_t x) {
+inline vi dot_int8(vi acc, vb w, const uint8_t* x) { return dot_bytes(acc, w, x, 128); }
+inline vi dot_int4(vi acc, vb w, const uint8_t* x) { return dot_bytes(acc, w, x, 0); }
+inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
     uint16_t pairs[32], two[2];
-    std::memcpy(pairs, w.v, 64), std::memcpy(two, &x, 4);
+    std::memcpy(pairs, w.v, 64), std::memcpy(two, x, 4);
     const float x0 = as_float(uint32_t(two[0]) << 16), x1 = as_float(uint32_t(two[1]) << 16);
     for (int r = 0; r < 16; r++)
         acc.v[r] += as_float(uint32_t(pairs[2 * r]) << 16) * x0 + as_float(uint32_t(pairs[2 * r + 1]) << 16) * x1;
     return acc;
+}
+inline vb first_of_pairs(vb bf16) {
+    for (int i = 0; i < 64; i += 4) bf16.v[i + 2] = bf16.v[i + 3] = 0;
+    return bf16;
 }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 

@@ -1,0 +1,434 @@
+"""Tokens per second of generation: ownlm beside llama.cpp and transformers, the same random weights, in turn.
+
+    python benchmarks/generate_speed.py [--python PYTHON] [--shapes m125 m1b qwen3 gemma3 mixtral] [--kinds int4 int8 bf16]
+                                        [--rounds 5] [--threads 2]
+
+Makes an environment with llama-cpp-python compiled for this processor (about ten minutes), or uses the Python that is named. Its
+files are written by ownlm's own export, every matrix in the same type. Each side is a process of its own that stays for
+all rounds; only one works at a time. Measured: a prompt of 512 tokens, and steps of 1, 8 and 16 streams that each hold 64 tokens
+when they begin. "step" is the bare step of the model, on all sides; "engine" is all of ownlm: scheduling, the step, greedy choice,
+stops, events. The limits of the machine are taken in every round: reading memory in huge pages, products of int8.
+"""
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ownlm import gguf
+from ownlm.generate.engine import Engine
+from ownlm.generate.runners import NativeRunner
+from ownlm.generate.sampling import Sampling
+from ownlm.kernels.native import PAGE, Batch, NativeDecoder
+from ownlm.models.decoder import Decoder
+from ownlm.models.families import from_hf
+from ownlm.models.gguf.write import Quantization, describe
+from ownlm.models.weights import load_model, save_model
+
+PACKAGE = "llama-cpp-python==0.3.36"
+PROMPT, CONTEXT, STEPS = 512, 64, 16
+STREAMS = (1, 8, 16)
+TYPES = {"int4": ("Q4_0", 2), "int8": ("Q8_0", 7), "bf16": ("BF16", 32)}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+SHAPES: dict[str, dict[str, Any]] = {
+    "m125": LLAMA | {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 2048,
+    },
+    "m1b": LLAMA | {
+        "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 5632,
+    },
+    "qwen3": LLAMA | {
+        "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 3072, "tie_word_embeddings": True,
+    },
+    "gemma3": LLAMA | {
+        "model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 256, "intermediate_size": 2048, "sliding_window": 512, "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+        "pad_token_id": None,
+    },
+    "mixtral": LLAMA | {
+        "model_type": "mixtral", "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4,
+        "intermediate_size": 1536, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+# ---- the sides: each answers requests with seconds
+
+
+class Step:
+    """ownlm's step alone."""
+
+    def __init__(self, model: Decoder, kind: Any) -> None:
+        self.native, self.vocabulary = NativeDecoder(model, kind), model.config.vocab_size
+        self.each, count = PROMPT // PAGE, max(STREAMS)
+        self.pages_SP = np.arange(count * self.each, dtype=np.int32).reshape(count, self.each)
+        self.cache, self.random = self.native.cache(count * self.each), np.random.default_rng(0)
+        self.filled = 0
+
+    def run(self, sequence_R: Any, position_R: Any, wanted_R: Any) -> float:
+        rows = [np.ascontiguousarray(each, np.int32) for each in (sequence_R, position_R, wanted_R)]
+        token_R = self.random.integers(self.vocabulary, size=len(rows[0])).astype(np.int32)
+        batch = Batch(
+            token_R=token_R, sequence_R=rows[0], position_R=rows[1], wanted_R=rows[2], long_R=np.zeros_like(token_R),
+            pages_SP=self.pages_SP,
+        )  # fmt: skip
+        began = time.perf_counter()
+        self.native.step(self.cache, batch)
+        return time.perf_counter() - began
+
+    def prompt(self) -> float:
+        return self.run(np.zeros(PROMPT), np.arange(PROMPT), np.arange(PROMPT) == PROMPT - 1)
+
+    def streams(self, count: int) -> float:
+        while self.filled < count:  # once: what comes after is written over
+            self.run(np.full(CONTEXT, self.filled), np.arange(CONTEXT), np.zeros(CONTEXT))
+            self.filled += 1
+        each = [self.run(np.arange(count), np.full(count, CONTEXT + at), np.ones(count)) for at in range(STEPS)]
+        return statistics.median(each)
+
+
+class Words:
+    """What the engine needs of a tokenizer."""
+
+    stop_ids = frozenset[int]()
+
+    def decode_stream(self) -> "Words":
+        return self
+
+    def push(self, id: int) -> str:
+        return f"{id} "
+
+    def finish(self) -> str:
+        return ""
+
+
+class Whole:
+    """The engine over the same step."""
+
+    def __init__(self, model: Decoder, step: Step) -> None:
+        self.model, self.step, self.random = model, step, np.random.default_rng(1)
+
+    def engine(self, slots: int) -> Engine:
+        runner = NativeRunner(self.step.native, self.model, pages=2048 // PAGE)
+        words: Any = Words()
+        return Engine(self.model, words, slots=slots, runner=runner)
+
+    def ask(self, engine: Engine, length: int, tokens: int) -> None:
+        prompt = self.random.integers(self.step.vocabulary, size=length).tolist()
+        engine.add(prompt, Sampling(max_tokens=tokens, temperature=0))
+
+    def prompt(self) -> float:
+        engine = self.engine(1)
+        self.ask(engine, PROMPT, 1)
+        began = time.perf_counter()
+        while not engine.idle:
+            engine.step()
+        return time.perf_counter() - began
+
+    def streams(self, count: int) -> float:
+        engine, seconds = self.engine(count), []
+        for _ in range(count):
+            self.ask(engine, CONTEXT, STEPS + 8)
+        while not engine.idle:
+            began = time.perf_counter()
+            events = engine.step()
+            if len(events) == count:  # all write
+                seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds[1:])
+
+
+class Transformers:
+    """transformers' forward with its cache, bf16."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.vocabulary = self.model.config.vocab_size
+
+    def forward(self, rows: int, tokens: int, cache: Any = None) -> Any:
+        ids = torch.randint(self.vocabulary, (rows, tokens))
+        return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    def prompt(self) -> float:
+        began = time.perf_counter()
+        self.forward(1, PROMPT)
+        return time.perf_counter() - began
+
+    def streams(self, count: int) -> float:
+        cache, seconds = self.forward(count, CONTEXT), []
+        for _ in range(STEPS // 2):  # it is slow and even
+            began = time.perf_counter()
+            cache = self.forward(count, 1, cache)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+
+def serve(folder: Path, kind: str, threads: int) -> None:
+    """A side in a process of its own: requests of this script on standard input."""
+    torch.set_num_threads(threads)
+    sides: dict[str, Any] = {}
+    if kind == "transformers":
+        sides["step"] = Transformers(folder)
+        told = {}
+    else:
+        model = load_model(folder)
+        assert isinstance(model, Decoder)
+        sides["step"] = Step(model, kind)
+        sides["engine"] = Whole(model, sides["step"])
+        told = {"bytes": sides["step"].native.memory_bytes - looked_up(model, kind)}
+    print(json.dumps(told), flush=True)
+    with torch.inference_mode():
+        for line in sys.stdin:
+            request = json.loads(line)
+            side = sides[request["side"]]
+            seconds = side.prompt() if "prompt" in request else side.streams(request["streams"])
+            print(json.dumps({"seconds": seconds}), flush=True)
+
+
+def looked_up(model: Decoder, kind: str) -> int:
+    """Bytes of a table of embeddings of which a step reads a row: in int8 beside int4 matrices."""
+    if model.config.tie_embeddings:
+        return 0
+    return int(model.embed_tokens.weight.numel() * (2 if kind == "bf16" else 1 + 2 / 32))
+
+
+class Child:
+    """A process that answers a line with a line. Its first line tells of itself."""
+
+    def __init__(self, command: list[str], threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.told = self.read()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args}: ended")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def seconds(self, **request: Any) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return float(self.read()["seconds"])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---- the limits of the machine
+
+
+READ = """
+#include <stdint.h>
+uint64_t read_all(const uint64_t* p, int64_t count) {
+    uint64_t sum[32] = {0}, all = 0;
+    for (int64_t i = 0; i < count; i += 32)
+        for (int j = 0; j < 32; j++) sum[j] += p[i + j];
+    for (int j = 0; j < 32; j++) all += sum[j];
+    return all;
+}
+"""
+
+
+def reader(folder: Path) -> Any:
+    (folder / "read.c").write_text(READ)
+    command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(folder / "read.so"), str(folder / "read.c")]
+    subprocess.run(command, check=True)
+    read = ctypes.CDLL(str(folder / "read.so")).read_all
+    read.restype, read.argtypes = ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_int64)
+    return read
+
+
+def memory_speed(read: Any, threads: int) -> float:
+    """GB/s of reading, the best of five: 512 MiB in huge pages, cut among the threads."""
+    size = 512 << 20
+    room = mmap.mmap(-1, size)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    values = np.frombuffer(room, np.int64)
+    values[:] = 1
+    count, best = len(values) // threads // 32 * 32, 0.0
+    for _ in range(5):
+        workers = [
+            threading.Thread(target=read, args=(values.ctypes.data + 8 * count * at, count)) for at in range(threads)
+        ]
+        began = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, 8 * count * threads / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def product_speed(threads: int) -> float:
+    """Billions of int8 operations a second, the best of five."""
+    torch.set_num_threads(threads)
+    a, b = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((512, 2048), (2048, 5632)))
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        torch._int_mm(a, b)
+        best = max(best, 2 * 512 * 2048 * 5632 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+# ---- the comparison
+
+
+def environment(folder: Path) -> str:
+    """A Python that has llama-cpp-python, made in `folder` if it isn't there."""
+    python = folder / "bin" / "python"
+    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode if python.exists() else True:
+        print(f"Making {folder}; llama.cpp compiles …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--no-binary", "llama-cpp-python", PACKAGE]
+        subprocess.run(install, check=True, env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"})
+    return str(python)
+
+
+def write(shape: str, folder: Path, kinds: list[str]) -> None:
+    """Random weights as a Hugging Face folder and as a GGUF file of each type, the head in the same type as all else."""
+    hf = SHAPES[shape]
+    torch.set_default_dtype(torch.bfloat16)
+    config, family = from_hf(hf)
+    model = family.build(config, hf)
+    torch.set_default_dtype(torch.float32)
+    assert isinstance(model, Decoder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+    save_model(model, folder / "hf")
+    for kind in kinds:
+        type, code = TYPES[kind]
+        described = describe(model, Quantization(code=code, matrices=type, finer=type, head=type))
+        metadata: dict[str, gguf.Value] = {
+            "general.architecture": described.architecture,
+            "general.type": "model",
+            "general.name": shape,
+            "general.file_type": np.uint32(code),
+            "general.quantization_version": np.uint32(2),
+            "tokenizer.ggml.model": "none",
+        }
+        gguf.write(folder / f"{type}.gguf", metadata | described.metadata, described.tensors)
+
+
+def compare(shape: str, args: argparse.Namespace, python: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write(shape, folder, args.kinds)
+        own = [sys.executable, __file__, "--serve", str(folder / "hf"), "--threads", str(args.threads), "--kinds"]
+        theirs = [python, str(Path(__file__).with_name("llama_cpp_speed.py"))]
+        children: dict[str, Child] = {}
+        try:
+            for kind in args.kinds:
+                children[f"ownlm {kind}"] = Child([*own, kind], args.threads)
+                children[f"llama.cpp {TYPES[kind][0]}"] = Child(
+                    [*theirs, str(folder / f"{TYPES[kind][0]}.gguf"), str(args.threads)], args.threads
+                )
+            if not args.without_transformers:
+                children["transformers bf16"] = Child([*own, "transformers"], args.threads)
+            table(shape, children, args, reader(folder))
+        finally:
+            for child in children.values():
+                child.close()
+
+
+def table(shape: str, children: dict[str, Child], args: argparse.Namespace, read: Any) -> None:
+    asked: list[tuple[str, Callable[[Child, str], float]]] = [
+        (f"prompt {PROMPT}", lambda child, side: PROMPT / child.seconds(side=side, prompt=PROMPT)),
+        *(
+            (f"{count} stream{'s' * (count > 1)}", partial(_streams, count))
+            for count in STREAMS
+        ),
+    ]  # fmt: skip
+    rows = [(name, side) for name in children for side in (("step", "engine") if "ownlm" in name else ("step",))]
+    found: dict[tuple[str, str, str], list[float]] = {}
+    limits: dict[str, list[float]] = {"memory": [], "products": []}
+    for name, side in rows:  # nobody's first time counts
+        children[name].seconds(side=side, prompt=PROMPT)
+    for _ in range(args.rounds):
+        limits["memory"].append(memory_speed(read, args.threads))
+        limits["products"].append(product_speed(args.threads))
+        for what, ask in asked:
+            for name, side in rows:
+                found.setdefault((name, side, what), []).append(ask(children[name], side))
+    gbs, gops = (max(limits[name]) for name in ("memory", "products"))
+    system = next(child.told["system"] for child in children.values() if "system" in child.told)
+    print(f"\n{shape}, {args.threads} threads, median of {args.rounds} (smallest to largest). {system.strip()}")
+    print(f"Limits, the best of all rounds: memory {gbs:.1f} GB/s, int8 products {gops:.0f} GOP/s.\n")
+    print("| tokens/s | " + " | ".join(what for what, _ in asked) + " | of the memory's speed, 1 stream |")
+    print("|---|" + "---|" * (len(asked) + 1))
+    for name, side in rows:
+        numbers = [found[name, side, what] for what, _ in asked]
+        told = [f"{statistics.median(each):.0f} ({min(each):.0f}-{max(each):.0f})" for each in numbers]
+        share = children[name].told.get("bytes", 0) * statistics.median(numbers[1]) / 1e9 / gbs
+        print(f"| {name}, {side} | " + " | ".join(told) + f" | {f'{share:.0%}' if share else ''} |")
+    print("\n| ownlm's step over | " + " | ".join(what for what, _ in asked) + " |\n|---|" + "---|" * len(asked))
+    for kind in args.kinds:
+        peer = f"llama.cpp {TYPES[kind][0]}"
+        ratios = [median(found[f"ownlm {kind}", "step", what]) / median(found[peer, "step", what]) for what, _ in asked]
+        print(f"| {peer} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |", flush=True)
+    fastest = max(median(found[name, "step", asked[0][0]]) for name in children if "llama.cpp" in name)
+    ours = ", ".join(
+        f"{kind} {median(found[f'ownlm {kind}', 'step', asked[0][0]]) / fastest:.2f}x" for kind in args.kinds
+    )
+    print(f"\nThe prompt over llama.cpp's fastest type: {ours}.", flush=True)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _streams(count: int, child: Child, side: str) -> float:
+    return count / child.seconds(side=side, streams=count, context=CONTEXT, steps=STEPS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--environment", type=Path, default=Path("build/llama-cpp"))
+    parser.add_argument("--python", help="one that has llama-cpp-python already, compiled for this processor")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--kinds", nargs="*", default=list(TYPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.kinds[0], args.threads)
+        return
+    python = args.python or environment(args.environment)
+    for shape in args.shapes:
+        compare(shape, args, python)
+
+
+if __name__ == "__main__":
+    main()
