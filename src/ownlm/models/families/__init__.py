@@ -8,7 +8,6 @@ A family is a function, a table and a row in the dict at the end; none has a mod
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ownlm.errors import UserError
@@ -74,9 +73,10 @@ def _contradictions(config: Any) -> list[str]:
 def family_of(config: DecoderConfig) -> str:
     """The model_type under which a shape of our own is saved: one that transformers knows if its fields can tell all of it,
     else "ownlm"."""
+    shared = config.hidden_size % config.layers[0].attention.num_heads == 0
     for kind in own.WRITTEN:
         if _read(own.write(config, kind), FAMILIES[kind]) == (config, []):
-            return kind
+            return kind if shared or kind != "llama" else "ownlm"  # transformers asks that of Llama alone
     return "ownlm"
 
 
@@ -157,15 +157,10 @@ def _t5(name: str, read: Any, **defaults: Any) -> Family:
 
 
 def _seeing(name: str, read: Any, build: Any, names: Names, prefix: str = "", **others: Any) -> Family:
-    row = Family(
-        architecture=name,
-        read=read,
-        build=build,
-        names=names if callable(names) else fixed(names),
-        prefix=prefix,
-        **others,
-    )
-    return replace(row, derived=r".*\.(position_ids|inv_freq)")
+    table, derived = names if callable(names) else fixed(names), r".*\.(position_ids|inv_freq)"
+    return Family(
+        architecture=name, read=read, build=build, names=table, prefix=prefix, derived=derived, **others
+    )  # fmt: skip
 
 
 def _llava(name: str, read: Any) -> Family:

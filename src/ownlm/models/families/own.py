@@ -4,6 +4,7 @@ One that a family of transformers has is told in that family's fields, so that o
 whole, as the model_type "ownlm".
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -60,15 +61,8 @@ def write(config: DecoderConfig, kind: str) -> dict[str, Any]:
 def _rope(rotary: Rotary) -> dict[str, Any]:
     """Both schemas: llama.cpp, vLLM and transformers 4 read the older one."""
     scaling, told = rotary.scaling, dict[str, Any](rope_type="default")
-    if isinstance(scaling, LinearScaling):
-        told = {"rope_type": "linear", "factor": scaling.factor}
-    if isinstance(scaling, Llama3Scaling):
-        told = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_tokens,
-        }
+    if isinstance(scaling, LinearScaling | Llama3Scaling):
+        theirs = {"kind": "rope_type", "original_max_tokens": "original_max_position_embeddings"}
+        told = {theirs.get(name, name): value for name, value in asdict(scaling).items()}
     new = {"rope_theta": rotary.theta} | told
     return {"rope_parameters": new, "rope_theta": rotary.theta, "rope_scaling": None if scaling is None else told}
