@@ -18,13 +18,15 @@ from ownlm.models.weights import load_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files."""
+    """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files; `merged` says that an adapter
+    has changed the weights."""
 
     module: Any
     path: Path
     name: str
     ref: str
     digest: str
+    merged: bool
 
 
 def open_checkpoint(
@@ -67,7 +69,7 @@ def open_checkpoint(
         module.to(dtype)
     if adapter is not None:
         full_ref, digest = f"{full_ref} + {adapter}", ""
-    return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest)
+    return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest, merged=bool(adapters))
 
 
 def _runs_codes(path: Path) -> bool:

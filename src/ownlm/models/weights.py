@@ -5,7 +5,9 @@ names those that aren't so. Nothing is allocated before that is known.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def load_model(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", codes: bool = False
 ) -> Any:
-    """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks),
-    ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is opened as the integers it holds, mapped
+    """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks; of
+    several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is opened as the integers it holds, mapped
     from the file and for inference only; else as the numbers they stand for.
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
@@ -49,7 +51,9 @@ def load_model(
     names = Names(family, stored_tensors(family.names(opened.config), ours), held)
     tied = hasattr(model, "head_weight") and not any(name.endswith("lm_head.weight") for name in ours)
     _match(names, ours, files, root, tied=tied)
-    stored = next(entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name))
+    types = [entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name)]
+    # Of GGUF the first: norms are wider there than in the model it was made of.
+    stored = types[0] if root.is_file() else reduce(torch.promote_types, types)
     model = model.to(dtype or stored).to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
@@ -113,17 +117,27 @@ class Names:
         return re.fullmatch(self.family.derived, self.spelling[name]) is not None
 
 
+def stored_dtypes(path: Path, model: Any) -> dict[str, torch.dtype]:
+    """How each tensor is stored in the directory that `model` was loaded from, by the names `save_model` gives."""
+    opened, ours = _open(path), dict(model.named_parameters())
+    held = {name: entry.dtype for entries in opened.files.values() for name, entry in entries.items()}
+    table = stored_tensors(opened.family.names(model.config), ours)
+    names = Names(opened.family, table, held)
+    spelled = {names.spelling[name]: dtype for name, dtype in held.items()}
+    return {stored.name: spelled[theirs] for stored, theirs in zip(table, names.table, strict=True)}
+
+
 def save_model(
     model: Any,
     directory: Path | str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> None:
     """Write config.json, generation_config.json and safetensors, in shards where they are large, in `dtype` (None: the model's
-    own).
+    own; or one for each stored name).
 
     The special ids (of the tokenizer) are for other libraries' generation; ownlm reads them from the tokenizer.
     """
@@ -132,11 +146,14 @@ def save_model(
     hf = model.hf or to_hf(model.config)
     family = FAMILIES[hf["model_type"]]
     ours = dict(model.named_parameters())
-    target = dtype or next(iter(ours.values())).dtype
     table = stored_tensors(family.names(model.config), ours)
+    one = next(iter(ours.values())).dtype if dtype is None or isinstance(dtype, Mapping) else dtype
+    types = dtype if isinstance(dtype, Mapping) else {stored.name: one for stored in table}
+    target = Counter(types.values()).most_common(1)[0][0]
 
     def pending(stored: Stored) -> Pending:
-        return Pending(target, stored.shape(ours), lambda: stored.pack(ours).to(target))
+        kind = types[stored.name]
+        return Pending(kind, stored.shape(ours), lambda: stored.pack(ours).to(kind))
 
     write_shards(root, {stored.name: pending(stored) for stored in table}, SHARD_BYTES)
     write_settings(model, root, target, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)

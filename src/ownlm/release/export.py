@@ -9,6 +9,7 @@ largest difference between their numbers and how often they would choose the sam
 
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -27,7 +28,7 @@ from ownlm.models.encoder import Encoder
 from ownlm.models.gguf.write import QUANTIZATIONS, describe
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.models.weights import load_model, save_model
+from ownlm.models.weights import load_model, save_model, stored_dtypes
 from ownlm.release.compare import Comparison, compare, numbers, sample
 from ownlm.report import size
 from ownlm.storage import flush, storage
@@ -36,6 +37,7 @@ from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.gguf_write import to_gguf
 
 Format: TypeAlias = Literal["gguf", "hf"]
+Types: TypeAlias = torch.dtype | Mapping[str, torch.dtype]
 FORMATS = ("gguf", "hf")
 FLOAT32_SHARE = 0.6  # of the free memory, for a model that is compared in float32
 # Beside a model and its tokenizer: how other programs are to generate, and how images are prepared.
@@ -89,8 +91,10 @@ def export(
     found = open_checkpoint(ref, adapter=adapter, workspace=workspace or Workspace(device.home()))
     model, source, name = found.module, found.path, found.name
     tokenizer = _tokenizer(source)
+    stored: Types = next(model.parameters()).dtype
+    if source.is_dir() and not found.merged:
+        stored = stored_dtypes(source, model)
     del found
-    stored = next(model.parameters()).dtype
     count = sum(parameter.numel() for parameter in model.parameters())
     if 4 * count < FLOAT32_SHARE * device.free_memory_bytes():
         model = model.float()
@@ -167,7 +171,7 @@ def _write_gguf(
 
 
 def _write_hf(
-    model: Any, tokenizer: Tokenizer | None, source: Path, path: Path, dtype: torch.dtype
+    model: Any, tokenizer: Tokenizer | None, source: Path, path: Path, dtype: Types
 ) -> tuple[str, tuple[str, ...]]:
     """(architecture, notes) of a directory that is written whole or not at all."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
