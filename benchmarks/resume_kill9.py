@@ -65,7 +65,7 @@ def run(folder: Path, steps: int, lora: bool) -> None:
     )
     model = init_weights(Decoder(SHAPE.config(tokenizer.vocab_size, 32)), seed=3)
     if lora:
-        quantize_linears(model, "int4", group=32)
+        quantize_linears(model, "nf4")
         add_lora(model, LoRA(targets="all-linear", train_also=("lm_head",)), seed=3)
     train(model, Work(name="run", folder=folder, batches=batches, objective=noted), settings, Reporter.silent())
 

@@ -24,6 +24,7 @@ PUBLIC = {
     "finetune": "ownlm.api",
     "load": "ownlm.generate.model",
     "pretrain": "ownlm.api",
+    "quantize": "ownlm.api",
     "show": "ownlm.api",
 }
 PACKAGES = ("evaluate", "serve")  # packages that are functions too

@@ -1,10 +1,11 @@
-"""The commands as functions: `ownlm.build`, `pretrain`, `finetune`, `show`. A workspace not given is `device.home()`."""
+"""The commands as functions: `ownlm.build`, `pretrain`, `finetune`, `quantize`, `show`. A workspace not given is `device.home()`."""
 
 from pathlib import Path
 
 from ownlm import device, pipeline
 from ownlm.artifact import Artifact, Workspace
 from ownlm.lineage import describe
+from ownlm.release.quantize import Method, Precision
 from ownlm.report import Reporter
 
 
@@ -40,6 +41,29 @@ def finetune(
 ) -> Artifact:
     """The checkpoint that the [finetune] table of a recipe file makes; `overrides` are "key=value"."""
     return _stage("finetune", recipe, overrides, workspace, reporter)
+
+
+def quantize(
+    ref: str | Path,
+    *,
+    to: Precision,
+    method: Method = "gptq",
+    documents: str | Path | None = None,
+    name: str | None = None,
+    workspace: Workspace | None = None,
+    reporter: Reporter | None = None,
+) -> Artifact:
+    """A decoder's checkpoint in integers of 8 or 4 bits, NAME-int8 or NAME-int4; what it costs is in `facts["held_out"]`.
+
+    ref        a checkpoint or an adapter, which comes with its base
+    method     "gptq" calibrates on text, "rtn" rounds every weight to the nearest value
+    documents  a documents artifact or a file of text to calibrate on; None: what the checkpoint was made from
+    """
+    reporter = reporter or Reporter()
+    workspace = workspace or Workspace(device.home(), reporter)
+    return pipeline.quantized(
+        ref, to=to, method=method, documents=documents, name=name, workspace=workspace, reporter=reporter
+    )
 
 
 def show(ref: str, *, workspace: Workspace | None = None) -> None:

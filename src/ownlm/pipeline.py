@@ -24,6 +24,7 @@ from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.errors import UserError
 from ownlm.evaluate.baselines import NGRAM_BYTES, XZ_BYTES
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
+from ownlm.release.quantize import Method, Precision, QuantizeRecipe, quantize, settings
 from ownlm.report import Reporter, duration, size
 from ownlm.storage import require_space, write_atomic
 from ownlm.tokens.shards import TokensRecipe, tokenize
@@ -54,6 +55,7 @@ class Recipe:
     pretrain: PretrainRecipe | None = None
     finetune: FinetuneRecipe | None = None
     evaluate: EvaluateRecipe | None = None
+    quantize: QuantizeRecipe | None = None
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -78,6 +80,7 @@ def fill_names(data: dict[str, Any]) -> dict[str, Any]:
         },
         "finetune": {"name": name, "checkpoint": f"{name}-base", "documents": f"{name}-documents", "seed": seed},
         "evaluate": {"name": f"{name}-scores", "checkpoint": name, "documents": f"{name}-documents", "seed": seed},
+        "quantize": {"name": f"{name}-quantized", "checkpoint": name, "seed": seed},
     }
     tables = {key: {**values, **data[key]} for key, values in implied.items() if isinstance(data.get(key), dict)}
     return {**data, **tables}
@@ -294,6 +297,21 @@ def run_stage(stage: str, path: Path, overrides: Sequence[str], workspace: Works
     return _run(stage, getattr(recipe, stage), workspace, reporter)
 
 
+def quantized(
+    ref: str | Path,
+    *,
+    to: Precision,
+    method: Method,
+    documents: str | Path | None,
+    name: str | None,
+    workspace: Workspace,
+    reporter: Reporter,
+) -> Artifact:
+    """The checkpoint of a reference in integers, made now or found."""
+    recipe = settings(ref, to=to, method=method, documents=documents, name=name, workspace=workspace)
+    return _run("quantize", recipe, workspace, reporter)
+
+
 def run_all(recipe: Recipe, workspace: Workspace, reporter: Reporter) -> dict[str, Artifact]:
     """The artifacts of every stage that the recipe has, in order."""
     made: dict[str, Artifact] = {}
@@ -361,4 +379,5 @@ STAGES: dict[str, Callable[[Any, Workspace, Reporter], Artifact]] = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "evaluate": evaluate,
+    "quantize": quantize,
 }

@@ -34,7 +34,7 @@ def adapted(base: Scheme | None = None) -> Decoder:
     """The same with an adapter: over weights, or over integers."""
     decoder = init_weights(Decoder(SHAPE.config(TOKENIZER.vocab_size, 32)), seed=1, zero_output=False)
     if base is not None:
-        quantize_linears(decoder, base, group=8)
+        quantize_linears(decoder, base)
     add_lora(decoder, LoRA(rank=2, targets="all-linear", train_also=("lm_head",)), seed=2)
     return decoder
 
@@ -79,7 +79,7 @@ def test_it_learns_in_bf16_and_validates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", [model, adapted, lambda: adapted("int4")], ids=["whole", "lora", "int4"])
+@pytest.mark.parametrize("model", [model, adapted, lambda: adapted("nf4")], ids=["whole", "lora", "nf4"])
 def test_an_interrupted_run_goes_on_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, model: Callable[[], Decoder]
 ) -> None:

@@ -57,7 +57,7 @@ def test_an_adapter_is_tuned_and_loads_with_its_base(
     base = pretrain(recipe(steps=60), workspace, Reporter.silent())
     lora = LoRA(rank=4, targets="all-linear", train_also=("lm_head",))
     made = {}
-    for name, changes in {"adapter": {}, "merged": {"merge": True}, "int4": {"base_precision": "int4"}}.items():
+    for name, changes in {"adapter": {}, "merged": {"merge": True}, "nf4": {"base_precision": "nf4"}}.items():
         tuning = FinetuneRecipe(
             name=name, checkpoint=base.ref, documents="farm", lora=lora, steps=40, batch_tokens=256, precision="fp32", **changes
         )  # fmt: skip
@@ -66,7 +66,7 @@ def test_an_adapter_is_tuned_and_loads_with_its_base(
     assert {name: one.kind for name, one in made.items()} == {
         "adapter": "adapter",
         "merged": "checkpoint",
-        "int4": "adapter",
+        "nf4": "adapter",
     }
     assert not list(workspace.runs.glob("merged-*"))
     for one in made.values():

@@ -137,12 +137,7 @@ def _entry(name: str, value: Any, base: int) -> Entry:
 def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor, Callable[[int], None]]]:
     """(name, tensor, give_back) in file order: the tensor as a view of the mapped file; use (copy) it before asking for the
     next. `give_back(rows)` says that so many of its rows were copied, so that a large one is never in memory twice."""
-    with path.open("rb") as file:
-        # Beyond the end of a file there is no memory: touching it would end the process.
-        if os.fstat(file.fileno()).st_size < max((entry.end for entry in entries.values()), default=1):
-            raise ArtifactError("the file was cut short after its header was read.", where=str(path))
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    page = mmap.PAGESIZE
+    mapped, page = _map(path, entries), mmap.PAGESIZE
 
     def free(start: int, end: int) -> None:
         """Give whole pages back, so that the file does not stay in memory beside its copy."""
@@ -152,21 +147,38 @@ def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str
 
     with contextlib.closing(mapped):
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-            count = math.prod(entry.shape)
-            flat = torch.empty(0, dtype=entry.dtype)
-            if count:
-                # As bytes first: the reference writer aligns nothing but the header.
-                data = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
-                aligned = entry.start % entry.dtype.itemsize == 0
-                flat = (data if aligned else data.clone()).view(entry.dtype)
-                del data
+            tensor = _view(mapped, entry)
 
             def give_back(rows: int, entry: Entry = entry) -> None:
                 free(entry.start, entry.start + (entry.end - entry.start) * min(rows, entry.shape[0]) // entry.shape[0])
 
-            yield name, flat.view(entry.shape), give_back
-            del flat
+            yield name, tensor, give_back
+            del tensor
             free(entry.start, entry.end)
+
+
+def map_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Every tensor as a view of the mapped file: its bytes are read when they are first looked at, and the file must stay as it is
+    for as long as a tensor lives."""
+    mapped = _map(path, entries)
+    return {name: _view(mapped, entry) for name, entry in entries.items()}
+
+
+def _map(path: Path, entries: Mapping[str, Entry]) -> mmap.mmap:
+    with path.open("rb") as file:
+        # Beyond the end of a file there is no memory: touching it would end the process.
+        if os.fstat(file.fileno()).st_size < max((entry.end for entry in entries.values()), default=1):
+            raise ArtifactError("the file was cut short after its header was read.", where=str(path))
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _view(mapped: mmap.mmap, entry: Entry) -> Tensor:
+    if not math.prod(entry.shape):
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    # As bytes first: the reference writer aligns nothing but the header.
+    data = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)
+    aligned = entry.start % entry.dtype.itemsize == 0
+    return (data if aligned else data.clone()).view(entry.dtype).view(entry.shape)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor | Pending]]) -> None:

@@ -9,8 +9,11 @@ import torch
 from ownlm import gguf
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
+from ownlm.formats.settings import read_json
+from ownlm.kernels import library
 from ownlm.models import peft
 from ownlm.models.adapters import merge
+from ownlm.models.coded import is_quantised
 from ownlm.models.weights import load_model
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import from_gguf
@@ -39,12 +42,14 @@ def open_checkpoint(
     workspace: Workspace,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    codes: bool = False,
 ) -> Checkpoint:
     """The checkpoint of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. An adapter comes
     with its base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype    of the weights; None: as they are stored (float32 after a merge)
+    codes    leave a quantised one in its integers where the native kernels can run them and nothing is merged
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
     path, adapters = Path(ref), [] if adapter is None else [adapter]
@@ -60,7 +65,8 @@ def open_checkpoint(
             adapters.insert(0, artifact.path)
             artifact = base_of(artifact, workspace)
         path = artifact.path
-    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device)
+    kept = codes and not adapters and torch.device(device).type == "cpu" and _runs_codes(path)
+    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=kept)
     for one in adapters:
         in_folder = (Path(one) / peft.CONFIG).is_file()
         peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
@@ -70,6 +76,11 @@ def open_checkpoint(
     if adapter is not None:
         full_ref, digest = f"{full_ref} + {adapter}", ""
     return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest)
+
+
+def _runs_codes(path: Path) -> bool:
+    # The library is looked for last: finding it may mean compiling it.
+    return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
 
 
 def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:

@@ -61,7 +61,7 @@ class Engine:
         self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
         self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
         assert self.pool.count * self.pool.size >= self.context, "a single answer must fit"
-        self.device = model.head_weight.device
+        self.device = model.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.speculate = self.runner.exact if speculate is None else speculate

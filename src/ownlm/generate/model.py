@@ -41,6 +41,7 @@ from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
+from ownlm.models.quantize import count_weights
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
 from ownlm.records import Completion, Message
@@ -74,7 +75,9 @@ def load(
     """
     workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
-    found = open_checkpoint(ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32)
+    found = open_checkpoint(
+        ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32, codes=True
+    )
     module = found.module
     if type(module) not in OPENERS:
         kind = module.hf["model_type"]
@@ -158,7 +161,7 @@ class Model:
     @property
     def num_parameters(self) -> int:
         whole = self.decoder if self.sight is None else self.sight.model
-        return sum(parameter.numel() for parameter in whole.parameters())
+        return count_weights(whole)
 
     def writer(self) -> Decoder:
         """The decoder. Raises UserError where this model can only read."""
@@ -186,7 +189,7 @@ class Model:
             least = -(-self.context // native.PAGE)
             pages = max(least, min(slots * least, room // self._native.page_bytes()))
             return NativeRunner(self._native, decoder, pages=pages)
-        config, itemsize = decoder.config, decoder.head_weight.element_size()
+        config, itemsize = decoder.config, decoder.dtype.itemsize
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
         slots = max(1, min(slots, room // slot_bytes))
         return TorchRunner(decoder, slots=slots, context=self.context)
@@ -412,7 +415,7 @@ class Model:
             yield chosen, self._forward([[*ids[index], *[0] * (width - len(ids[index]))] for index in chosen], mask)
 
     def _forward(self, ids: Tensor | Sequence[Sequence[int]], mask: Tensor | None) -> Tensor:
-        tokens_BT = torch.as_tensor(ids, dtype=torch.int64, device=self.decoder.head_weight.device)
+        tokens_BT = torch.as_tensor(ids, dtype=torch.int64, device=self.decoder.device)
         if tokens_BT.shape[-1] > self.context:
             raise ContextTooLong(tokens_BT.shape[-1], 0, self.context)
         if mask is None or bool(mask.all()):

@@ -40,10 +40,9 @@ class TorchRunner:
     prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
 
     def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
-        weight = model.head_weight
-        self.model, self.device = model, weight.device
+        self.model, self.device = model, model.device
         self.pages, self.page_tokens = slots, context
-        self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=weight.dtype, device=weight.device)
+        self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=model.dtype, device=model.device)
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         states: dict[int, Tensor] = {}

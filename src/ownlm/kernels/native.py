@@ -10,7 +10,7 @@ Shapes: R rows, W wanted rows, V vocabulary, D hidden size, S sequences.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ from ownlm.errors import UserError
 from ownlm.kernels import library as lib
 from ownlm.models.blocks import MLP, Block, MoE, RMSNorm
 from ownlm.models.decoder import Decoder, DecoderConfig
-from ownlm.models.rotary import attention_factor, frequencies, rotated_dims, rotation
+from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
+from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
 from ownlm.models.specs import LongRope, Rotary
 
 Kind = Literal["f32", "bf16", "int8", "int4"]
@@ -54,10 +55,14 @@ def unsupported(model: nn.Module) -> str | None:
         return lib.missing()
     if not isinstance(model, Decoder) or model.head is not None:
         return "only decoders with a head over the vocabulary run on the kernels"
-    if model.head_weight.device.type != "cpu":
+    if model.device.type != "cpu":
         return "the model is not on the CPU"
-    if any(type(module) is not nn.Linear and hasattr(module, "in_features") for module in model.modules()):
-        return "adapted and quantised layers compute for themselves"
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            if module.scheme not in KINDS:
+                return f"layers in {module.scheme} compute for themselves"
+        elif type(module) is not nn.Linear and hasattr(module, "in_features"):
+            return "adapted layers compute for themselves"
     return None
 
 
@@ -86,7 +91,8 @@ class NativeDecoder:
         max_tokens: int | None = None,
         instruction_set: str | None = None,
     ) -> None:
-        """`kind`: of the weights; by default bf16 for a model in it, else float32. Raises UserError without memory."""
+        """`kind`: of the weights; by default bf16 for a model in it, else float32. What is in codes already is packed as it is.
+        Raises UserError without memory."""
         found = lib.library()
         assert found is not None, "ask `unsupported` first"
         self.config, self._lib, self.kind = model.config, found, kind or default_kind(model)
@@ -154,11 +160,11 @@ class NativeDecoder:
     def _whole(self, model: Decoder) -> None:
         table: Kind = "int8" if self.kind == "int4" and not model.config.tie_embeddings else self.kind
         bias = model.lm_head_bias
-        self._matrix(0, EMBED, [model.embed_tokens.weight], bias=None if bias is None else [bias], kind=table)
+        self._matrix(0, EMBED, [_weight(model.embed_tokens)], bias=None if bias is None else [bias], kind=table)
         if model.lm_head is None:
             self._lib.ownlm_tie(self._handle)
         else:
-            self._matrix(0, HEAD, [model.lm_head.weight], bias=_biases(model.lm_head))
+            self._matrix(0, HEAD, [_weight(model.lm_head)], bias=_biases(model.lm_head))
         if isinstance(model.norm, RMSNorm | nn.LayerNorm):
             self._norm(0, FINAL_NORM, model.norm)
         if model.embed_positions is not None:
@@ -196,20 +202,20 @@ class NativeDecoder:
         if attention.sinks is not None:
             self._vector(index, SINKS, attention.sinks)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads = [self._by_head(projection.weight) for projection in projections]
+        heads = [_mapped(_weight(projection), self._by_head) for projection in projections]
         self._matrix(
             index,
             QKV,
             heads,
             bias=[self._by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
         )
-        self._matrix(index, OUT, [self._by_head(attention.o_proj.weight.T).T], bias=_biases(attention.o_proj))
+        self._out(index, attention.o_proj)
         if isinstance(mlp, MLP):
             up = [layer for layer in (mlp.gate_proj, mlp.up_proj) if layer is not None]
             self._matrix(
-                index, UP, [layer.weight for layer in up], bias=[layer.bias for layer in up] if f.bias else None
+                index, UP, [_weight(layer) for layer in up], bias=[layer.bias for layer in up] if f.bias else None
             )
-            self._matrix(index, DOWN, [mlp.down_proj.weight], bias=_biases(mlp.down_proj))
+            self._matrix(index, DOWN, [_weight(mlp.down_proj)], bias=_biases(mlp.down_proj))
         else:
             assert isinstance(mlp, MoE)
             self._experts(index, mlp)
@@ -219,11 +225,21 @@ class NativeDecoder:
         kind: Kind = "f32" if self.kind == "f32" else "bf16"
         self._matrix(index, ROUTER, [mlp.gate.weight], bias=_biases(mlp.gate), kind=kind)
         stack: Any = mlp.experts
+        gate, up, down = (_weight(getattr(stack, name)) for name in ("gate_proj", "up_proj", "down_proj"))
         for expert in range(mlp.experts_spec.count):
             bias = [stack.gate_proj_bias[expert], stack.up_proj_bias[expert]] if stack.spec.bias else None
-            self._matrix(index, UP, [stack.gate_proj[expert], stack.up_proj[expert]], expert=expert, bias=bias)
+            self._matrix(index, UP, [gate[expert], up[expert]], expert=expert, bias=bias)
             bias = [stack.down_proj_bias[expert]] if stack.spec.bias else None
-            self._matrix(index, DOWN, [stack.down_proj[expert]], expert=expert, bias=bias)
+            self._matrix(index, DOWN, [down[expert]], expert=expert, bias=bias)
+
+    def _out(self, index: int, o_proj: nn.Module) -> None:
+        weight = _weight(o_proj)
+        kind: Kind | None = None
+        if isinstance(weight, Codes) and self.padded_head != self.head_dim:
+            # The padding of heads moves inputs into other groups, whose scales no codes fit.
+            weight, kind = weight.tensor(), "bf16"
+        parts = [weight if isinstance(weight, Codes) else self._by_head(weight.T).T]
+        self._matrix(index, OUT, parts, bias=_biases(o_proj), kind=kind)
 
     def _by_head(self, weight_OI: Tensor) -> Tensor:
         """Each head's outputs, padded with zeros to whole lanes."""
@@ -236,19 +252,28 @@ class NativeDecoder:
         self,
         layer: int,
         slot: int,
-        parts: Sequence[Tensor],
+        parts: Sequence[Tensor | Codes],
         *,
         expert: int = 0,
         bias: Sequence[Tensor] | None = None,
         kind: Kind | None = None,
     ) -> None:
         rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
+        if isinstance(parts[0], Codes):
+            kind = kept_kind(parts)
         whole = None if bias is None else torch.cat([part.float() for part in bias]).contiguous()
         address = None if whole is None else whole.data_ptr()
         if self._lib.ownlm_matrix(self._handle, layer, slot, expert, KINDS[kind or self.kind], rows, columns, address):
             raise _no_memory()
         first = 0
         for part in parts:
+            if isinstance(part, Codes):
+                codes, scales = part.codes.contiguous(), part.scales.contiguous()
+                self._lib.ownlm_pack(
+                    self._handle, layer, slot, expert, first, len(part), 2, codes.data_ptr(), scales.data_ptr()
+                )
+                first += len(part)
+                continue
             source = 1 if part.dtype == torch.bfloat16 else 0
             values = part.detach().contiguous() if source else part.detach().float().contiguous()
             self._lib.ownlm_pack(self._handle, layer, slot, expert, first, len(part), source, values.data_ptr(), None)
@@ -297,12 +322,40 @@ class PagedCache:
 
 
 def default_kind(model: Decoder) -> Kind:
-    return "bf16" if model.head_weight.dtype == torch.bfloat16 else "f32"
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    weight = _weight(block.self_attn.o_proj)
+    if isinstance(weight, Codes):
+        return kept_kind([weight])
+    return "bf16" if model.dtype == torch.bfloat16 else "f32"
+
+
+def kept_kind(parts: Sequence[Tensor | Codes]) -> Kind:
+    """Of matrices that are packed as one."""
+    (scheme,) = {part.scheme for part in parts if isinstance(part, Codes)}
+    assert scheme != "nf4", "ask `unsupported` first"
+    return scheme
+
+
+def _weight(module: nn.Module | Tensor) -> Tensor | Codes:
+    """The weight of a layer (or of a stack of experts, itself a tensor), in codes where it is kept so."""
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        return module.kept
+    weight: Tensor = module if isinstance(module, Tensor) else module.weight  # type: ignore[assignment]
+    return weight
+
+
+def _mapped(weight: Tensor | Codes, change: Callable[[Tensor], Tensor]) -> Tensor | Codes:
+    """The weight with its rows changed: padded, put into another order."""
+    if isinstance(weight, Tensor):
+        return change(weight)
+    return Codes(weight.scheme, change(weight.codes), change(weight.scales), weight.columns)
 
 
 def packed_bytes(model: Decoder) -> int:
     """About what the packed weights of a model take: as much as they take now, embeddings that are also the head once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    held = (*model.parameters(), *model.buffers())  # codes are buffers
+    return sum(tensor.nbytes for tensor in held)
 
 
 def _model_spec(config: DecoderConfig, rotaries: int, padded_head: int, bf16: bool) -> lib.ModelSpec:
@@ -321,7 +374,7 @@ def _model_spec(config: DecoderConfig, rotaries: int, padded_head: int, bf16: bo
     )
 
 
-def _biases(linear: nn.Linear) -> list[Tensor] | None:
+def _biases(linear: Any) -> list[Tensor] | None:
     return None if linear.bias is None else [linear.bias]
 
 
@@ -330,3 +383,22 @@ def _no_memory() -> UserError:
         "there is not enough memory for the model's packed weights or its cache.",
         cure="Use a smaller context or fewer slots.",
     )
+
+
+def text_logits(native: NativeDecoder, tokens_T: Tensor) -> Tensor:
+    """(T, V) of a whole text, from its beginning."""
+    count = len(tokens_T)
+    pages = -(-count // PAGE)
+    zeros, ones = np.zeros(count, np.int32), np.ones(count, np.int32)
+    long = any(is_long(layer.rotary, count) for layer in native.config.layers if layer.rotary is not None)
+    batch = Batch(
+        token_R=tokens_T.numpy().astype(np.int32),
+        sequence_R=zeros,
+        position_R=np.arange(count, dtype=np.int32),
+        wanted_R=ones,
+        long_R=ones * long,
+        pages_SP=np.arange(pages, dtype=np.int32)[None],
+    )
+    logits_TV, _ = native.step(native.cache(pages), batch)
+    assert logits_TV is not None
+    return logits_TV

@@ -18,6 +18,7 @@ from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
 from ownlm.models.pooling import Pooling
+from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
 from ownlm.models.specs import Attention, FeedForward, Head, Layer, Norm, Rotary, Task
 
@@ -130,9 +131,24 @@ class Decoder(nn.Module):
         return None if self.config.head is None else self.config.head.task
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; its weights may be kept in less."""
+        table: Any = self.norm if isinstance(self.embed_tokens, QuantizedEmbedding) else self.embed_tokens
+        dtype: torch.dtype = table.weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.norm.parameters()).device
+
+    @property
     def head_weight(self) -> Tensor:
-        """(V, D): hidden @ head_weight.T are the logits; the embedding itself when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D): hidden @ head_weight.T are the logits; the embedding itself when tied. Made on the spot where it is kept in codes."""
+        head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, QuantizedLinear | QuantizedEmbedding):
+            return head.dequantized(self.dtype)
+        weight: Tensor = head.weight
+        return weight
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -166,18 +182,31 @@ class Decoder(nn.Module):
         cache, slots: read and write keys and values; row b is sequence slots[b] (slot b if not given). No gradients.
         embeds_BTD: stands in for the embedding of the tokens (`embed`), where images are among them.
         """
-        step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots)
-        x_BTD = self.embed(tokens_BT) if embeds_BTD is None else embeds_BTD
-        if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(positions.clamp(min=0))
+        x_BTD, step = self.begin(tokens_BT, positions_BT, documents_BT, cache, slots, embeds_BTD)
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
         hidden_BTD: Tensor = self.norm(x_BTD)
         return hidden_BTD
 
+    def begin(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        embeds_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, Step]:
+        """What the first layer is given; all layers share the step. Arguments as for `forward`."""
+        step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots)
+        x_BTD = self.embed(tokens_BT) if embeds_BTD is None else embeds_BTD
+        if self.embed_positions is not None:
+            x_BTD = x_BTD + self.embed_positions(positions.clamp(min=0))
+        return x_BTD, step
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """The tokens' vectors, scaled where the family scales them; without positions."""
-        x_BTD: Tensor = self.embed_tokens(tokens_BT)
+        x_BTD: Tensor = self.embed_tokens(tokens_BT).to(self.dtype)
         # The factor is rounded to the dtype of the weights, as where these models were trained.
         return x_BTD if self.config.embed_scale == 1.0 else x_BTD * x_BTD.new_tensor(self.config.embed_scale)
 
@@ -191,7 +220,7 @@ class Decoder(nn.Module):
     ) -> tuple[Step, Tensor]:
         rows, width = tokens_BT.shape
         positions = torch.arange(width, device=tokens_BT.device) if positions_BT is None else positions_BT
-        rotations = self.rotations(positions, self.embed_tokens.weight.dtype)
+        rotations = self.rotations(positions, self.dtype)
         if cache is not None:
             assert documents_BT is None, "a cache slot holds one document"
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"

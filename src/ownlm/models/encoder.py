@@ -70,6 +70,10 @@ class Encoder(nn.Module):
         return None if self.config.head is None else self.config.head.task
 
     @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, D): the embedding itself; head_input(hidden) @ head_weight.T + head_bias are the logits."""
         return self.embed_tokens.weight

@@ -1,14 +1,20 @@
-"""Frozen linear layers kept as small integers, one scale for each group of a row (QLoRA's base, arXiv:2305.14314).
+"""Weights kept as small integers, one scale (half precision) for each group of 32 inputs.
 
-    int8   round(w / scale), scale = max|w| / 127 of the group          1 byte  + 4 / group bytes per weight
-    int4   the nearest NF4 level of w / scale, scale = max|w|           ½ byte  + 4 / group bytes per weight
+    int8   code * scale, code from -127 to 127       1 byte + ½ bit per weight, 8.5 bits in all; llama.cpp's Q8_0
+    int4   (code - 8) * scale, code from 0 to 15     4.5 bits; llama.cpp's Q4_0
+    nf4    NF4[code] * scale                         4.5 bits; the base of QLoRA (arXiv:2305.14314)
 
-The weights are made again for each product and dropped after it, forward and backward; gradients flow to the input only.
+`quantize` rounds to the nearest value; `gptq.py` chooses codes by what they do to the outputs. A model of these layers computes in
+PyTorch by making the weights of a product again and dropping them after it, forward and backward; gradients flow to the input only.
+The native kernels take codes and scales of int8 and int4 as they lie.
 
-Shapes: O outputs, I inputs, G groups of a row.
+Shapes: O outputs, I inputs, G groups of a row, P the bytes of its codes, E experts.
 """
 
+import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -17,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ownlm.models.blocks import MoE
+from ownlm.models.blocks import MoE, Stack, gated
+from ownlm.models.specs import FeedForward
 
-Scheme = Literal["int8", "int4"]
-GROUP = 64
+Scheme = Literal["int8", "int4", "nf4"]
+GROUP = 32
+LARGEST_HALF = 65_504.0
 
 
 def _normal_levels() -> tuple[float, ...]:
@@ -37,55 +45,112 @@ def _normal_levels() -> tuple[float, ...]:
 
 
 NF4 = _normal_levels()
+LEVELS: dict[Scheme, tuple[float, ...]] = {"int4": tuple(map(float, range(-8, 8))), "nf4": NF4}
 
 
-def quantize(weight_OI: Tensor, scheme: Scheme, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """(codes, scales): (O, I) int8, or (O, I / 2) uint8 with the even column in the low half; and (O, G) fp32.
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """A matrix, or a stack of them: codes (…, O, P), int8 or two of four bits in a uint8, the even column in the low half; scales
+    (…, O, G) float16. I is rounded up to whole groups, with zeros; `columns` is I."""
 
-    I is rounded up to whole groups, with zeros.
-    """
-    assert group % 2 == 0, group
-    rows, columns = weight_OI.shape
-    padded = F.pad(weight_OI.detach().float(), (0, -columns % group)).view(rows, -1, group)
-    largest = padded.abs().amax(-1, keepdim=True)
-    scales = largest / 127 if scheme == "int8" else largest
-    unit = padded / scales.clamp(min=torch.finfo(torch.float32).tiny)
+    scheme: Scheme
+    codes: Tensor
+    scales: Tensor
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(…, O, I), that of the weight."""
+        return (*self.codes.shape[:-1], self.columns)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> "Codes":
+        return Codes(self.scheme, self.codes[rows], self.scales[rows], self.columns)
+
+    def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(…, O, I): the weights that the codes stand for."""
+        if self.scheme == "int8":
+            unit = self.codes.float()
+        else:
+            levels = torch.tensor(LEVELS[self.scheme], device=self.codes.device)
+            both = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=-1)  # what each byte stands for
+            unit = F.embedding(self.codes.int(), both)
+        weight = unit.view(*self.scales.shape, GROUP).mul_(self.scales.float().unsqueeze(-1))
+        return weight.flatten(-2)[..., : self.columns].to(dtype)
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> Codes:
+    """A weight (…, O, I) rounded to the nearest values. Of each group the number farthest from zero gets 127, or -8 in its own sign, as
+    in llama.cpp's Q8_0 and Q4_0; in nf4 it gets 1 or -1."""
+    groups = in_groups(weight)
+    largest = groups.abs().amax(-1)
+    if scheme == "int4":
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+    scales = as_half(largest / 127 if scheme == "int8" else largest)
+    return packed(rounded(groups, scales.float(), scheme), scales, scheme, weight.shape[-1])
+
+
+def in_groups(weight: Tensor) -> Tensor:
+    """(…, O, I) -> (…, O, G, GROUP) float32."""
+    padded = F.pad(weight.detach().float(), (0, -weight.shape[-1] % GROUP))
+    return padded.view(*weight.shape[:-1], -1, GROUP)
+
+
+def as_half(scales: Tensor) -> Tensor:
+    return scales.clamp(-LARGEST_HALF, LARGEST_HALF).half()
+
+
+def rounded(numbers: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """The nearest whole numbers (of nf4: levels, counted) to groups (…, GROUP) in units of their scales (…), as floats."""
+    units = numbers * torch.where(scales == 0, 0.0, 1.0 / scales).unsqueeze(-1)
+    if scheme == "nf4":
+        levels = units.new_tensor(NF4)
+        return torch.bucketize(units, (levels[1:] + levels[:-1]) / 2).float() - 8
+    low, high = LIMITS[scheme]
+    return units.round().clamp_(low, high)
+
+
+def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int) -> Codes:
+    """The codes of what `rounded` gave, (…, G, GROUP), with their scales (…, G) in half precision."""
+    flat = numbers.flatten(-2)
     if scheme == "int8":
-        return unit.round().clamp(-127, 127).to(torch.int8).flatten(1), scales[..., 0]
-    levels = unit.new_tensor(NF4)
-    nearest = torch.bucketize(unit.flatten(1), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    return nearest[:, ::2] | nearest[:, 1::2] << 4, scales[..., 0]
+        return Codes(scheme, flat.to(torch.int8), scales, columns)
+    codes = (flat + 8).to(torch.uint8)
+    return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns)
 
 
-def dequantize(codes: Tensor, scales_OG: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """(O, columns): the weights that the codes stand for."""
-    if codes.dtype == torch.uint8:
-        levels = scales_OG.new_tensor(NF4, dtype=torch.float32)
-        both = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=-1)  # what each byte stands for
-        unit = F.embedding(codes.int(), both)
-    else:
-        unit = codes.float()
-    weight = unit.view(*scales_OG.shape, -1) * scales_OG.float().unsqueeze(-1)
-    return weight.flatten(1)[:, :columns].to(dtype)
+def from_blocks(type: Literal["Q8_0", "Q4_0"], raw: Tensor, shape: tuple[int, ...]) -> Codes:
+    """The bytes (uint8) of a tensor of ggml's blocks as codes: the same values, in our order of the four-bit numbers."""
+    blocks = raw.view(*shape[:-1], shape[-1] // GROUP, -1)
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    if type == "Q8_0":
+        return Codes("int8", blocks[..., 2:].flatten(-2).view(torch.int8), scales, shape[-1])
+    halves = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).flatten(-2)
+    return Codes("int4", halves[..., ::2] | halves[..., 1::2] << 4, scales, shape[-1])
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear in `scheme`; it computes in the dtype of x. (`.to(dtype)` would round its scales.)"""
+    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.)"""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme, group: int = GROUP) -> None:
+    def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.scheme = linear.in_features, linear.out_features, scheme
-        codes, scales = quantize(linear.weight, scheme, group)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.in_features, self.out_features, self.scheme = kept.columns, kept.codes.shape[-2], kept.scheme
+        self.register_buffer("codes", kept.codes)
+        self.register_buffer("scales", kept.scales)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def kept(self) -> Codes:
+        return Codes(self.scheme, self.codes, self.scales, self.in_features)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """(O, I)"""
-        return dequantize(self.codes, self.scales, self.in_features, dtype)
+        return self.kept.tensor(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
@@ -98,12 +163,63 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+        return F.linear(x, layer.dequantized(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantized(grad.dtype), None
+
+
+class QuantizedEmbedding(nn.Module):
+    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, kept: Codes) -> None:
+        super().__init__()
+        self.columns, self.scheme = kept.columns, kept.scheme
+        self.register_buffer("codes", kept.codes)
+        self.register_buffer("scales", kept.scales)
+
+    @property
+    def kept(self) -> Codes:
+        return Codes(self.scheme, self.codes, self.scales, self.columns)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """(O, I), for a head that is tied to it."""
+        return self.kept.tensor(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.kept[ids].tensor()
+
+
+class QuantizedStack(nn.Module):
+    """A frozen `Stack`: its projections are (E, O, P); one expert is made whole at a time."""
+
+    def __init__(self, kept: dict[str, Codes], spec: FeedForward, biases: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        for name, codes in kept.items():
+            self.add_module(name, QuantizedEmbedding(codes))
+        for name in kept:
+            bias = biases.get(name)
+            frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            self.register_parameter(f"{name}_bias", frozen)
+
+    def kept(self, name: str) -> Codes:
+        part = getattr(self, name)
+        assert isinstance(part, QuantizedEmbedding)
+        return part.kept
+
+    def linear(self, x: Tensor, name: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{name}_bias")
+        return F.linear(x, self.kept(name)[expert].tensor(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+
+    def forward(self, x_ND: Tensor, expert: int) -> Tensor:
+        inner = gated(self.linear(x_ND, "gate_proj", expert), self.linear(x_ND, "up_proj", expert), self.spec)
+        return self.linear(inner, "down_proj", expert)
 
 
 def linears(model: nn.Module, *, everywhere: bool = False) -> dict[str, nn.Module]:
@@ -119,8 +235,14 @@ def linears(model: nn.Module, *, everywhere: bool = False) -> dict[str, nn.Modul
     }
 
 
-def quantize_linears(model: nn.Module, scheme: Scheme, *, group: int = GROUP) -> None:
-    """Replace the model's `linears` by quantised ones and freeze the rest of it.
+def count_weights(model: nn.Module) -> int:
+    """Parameters, and those that are kept in codes."""
+    kept = [module.kept for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(math.prod(codes.shape) for codes in kept)
+
+
+def quantize_linears(model: nn.Module, scheme: Scheme) -> None:
+    """Replace the model's `linears` by quantised ones and freeze the rest of it, for an adapter to be trained on.
 
     Embeddings, norms, heads, biases, routers and stacked experts keep their dtype. Each layer's old weight is let go of
     before the next is converted.
@@ -129,4 +251,43 @@ def quantize_linears(model: nn.Module, scheme: Scheme, *, group: int = GROUP) ->
     for name in linears(model):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(layer, scheme, group))
+            model.set_submodule(name, quantized(layer, lambda weight, _: quantize(weight, scheme)))
+
+
+Quantize = Callable[[Tensor, str], Codes]  # a weight, and which part of its module it is: "" but for experts
+
+
+def quantized(module: nn.Module, make: Quantize) -> nn.Module:
+    """What stands in for a Linear, an Embedding or a Stack of experts, with the codes that `make` gives for its weights."""
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear(make(module.weight, ""), module.bias)
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(make(module.weight, ""))
+    assert isinstance(module, Stack), module
+    names = ("gate_proj", "up_proj", "down_proj")
+    biases = {name: bias for name in names if (bias := getattr(module, f"{name}_bias")) is not None}
+    return QuantizedStack({name: make(getattr(module, name), name) for name in names}, module.spec, biases)
+
+
+def plain(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module again whose weights are numbers: those that the codes stand for."""
+    with torch.device("meta"):
+        made: nn.Module
+        if isinstance(module, QuantizedLinear):
+            made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        elif isinstance(module, QuantizedEmbedding):
+            made = nn.Embedding(module.codes.shape[-2], module.columns)
+        else:
+            assert isinstance(module, QuantizedStack), module
+            kept = module.kept("gate_proj")
+            made = Stack(kept.columns, module.spec, len(kept.codes))
+    weights = {name: bias.to(dtype) for name, bias in module.named_parameters()}
+    if isinstance(module, QuantizedStack):
+        weights |= {name: module.kept(name).tensor(dtype) for name in ("gate_proj", "up_proj", "down_proj")}
+    else:
+        weights["weight"] = module.dequantized(dtype)
+    made.load_state_dict(weights, assign=True)
+    return made
+
+
+LIMITS: dict[Scheme, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}

@@ -15,6 +15,8 @@ from torch import Tensor
 from ownlm.errors import ArtifactError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
+from ownlm.models import coded
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened, Tensors
 from ownlm.models.gguf.read import open_gguf
@@ -25,14 +27,19 @@ SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_model(path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", codes: bool = False
+) -> Any:
     """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks),
-    ready for inference or training.
+    ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is opened as the integers it holds, mapped
+    from the file and for inference only; else as the numbers they stand for.
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
     """
     root = Path(path)
+    if root.is_dir() and coded.is_quantised(hf := read_json(root / "config.json")):
+        return coded.load(root, hf, _files(root), dtype=dtype, device=device, codes=codes)
     opened = open_gguf(root) if root.is_file() else _open(root)
     family, files = opened.family, opened.files
     with torch.device("meta"):
@@ -132,11 +139,46 @@ def save_model(
         return Pending(target, stored.shape(ours), lambda: stored.pack(ours).to(target))
 
     write_shards(root, {stored.name: pending(stored) for stored in table}, SHARD_BYTES)
+    write_settings(model, root, target, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+
+
+def save_codes(
+    model: Decoder,
+    directory: Path | str,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+) -> None:
+    """`save_model` for a decoder that was quantised: NAME.codes and NAME.scales in place of NAME.weight, all under our names; what
+    was not quantised in the model's dtype."""
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    write_shards(root, model.state_dict(), SHARD_BYTES)
+    write_settings(
+        model, root, model.dtype, bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+        quantization_config=coded.SETTINGS,
+    )  # fmt: skip
+
+
+def write_settings(
+    model: Any,
+    root: Path,
+    dtype: torch.dtype,
+    *,
+    bos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+    quantization_config: Mapping[str, Any] | None = None,
+) -> None:
+    """config.json, generation_config.json and how a text's vector is made."""
+    hf = model.hf or to_hf(model.config)
     eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else eos_token_id
     special = {"bos_token_id": bos_token_id, "eos_token_id": eos, "pad_token_id": pad_token_id}
     given = {key: value for key, value in special.items() if value is not None}
     kept = {key: value for key, value in hf.items() if key != "torch_dtype"}
-    write_json(root / "config.json", special | kept | given | {"dtype": str(target).removeprefix("torch.")})
+    coded_by = {} if quantization_config is None else {"quantization_config": dict(quantization_config)}
+    write_json(root / "config.json", special | kept | given | {"dtype": str(dtype).removeprefix("torch.")} | coded_by)
     starts = {key: kept[key] for key in ("decoder_start_token_id",) if kept.get(key) is not None}
     write_json(root / "generation_config.json", starts | given)
     if (pooling := getattr(model, "pooling", None)) is not None:  # models of images have none

@@ -25,7 +25,7 @@ from ownlm.errors import UserError
 from ownlm.models.adapters import LoRA, add_lora, merge
 from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.peft import load_adapter, save_adapter
-from ownlm.models.quantize import Scheme, quantize_linears
+from ownlm.models.quantize import quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.models.tuning import with_head
 from ownlm.models.weights import load_model, save_model
@@ -166,7 +166,7 @@ class FinetuneRecipe:
     task: TaskName = "chat"
     prefix: str = ""
     lora: LoRA | None = None
-    base_precision: Scheme | None = None
+    base_precision: Literal["int8", "nf4"] | None = None
     merge: bool = False
     document_share: float = 0.0
     context: int | None = None

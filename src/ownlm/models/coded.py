@@ -1,0 +1,118 @@
+"""Directories that `ownlm quantize` writes: a decoder's matrices as codes and scales, under the names of our modules.
+
+    config.json         that of the model, and quantization_config = {"quant_method": "ownlm", …}
+    model.safetensors   NAME.codes and NAME.scales (quantize.py) for each matrix, everything else as it was
+
+The file is the quantised model's own state: opening it is mapping it.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ownlm.errors import ArtifactError
+from ownlm.formats.tensorfile import Entry, map_tensors
+from ownlm.models.blocks import Block, MoE
+from ownlm.models.decoder import Decoder
+from ownlm.models.families import from_hf
+from ownlm.models.pooling import read_pooling
+from ownlm.models.quantize import GROUP, Codes, Scheme, plain, quantized
+
+SETTINGS = {"quant_method": "ownlm", "group": GROUP}
+SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
+
+
+def is_quantised(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of such a directory."""
+    about = hf.get("quantization_config")
+    return isinstance(about, dict) and about.get("quant_method") == SETTINGS["quant_method"]
+
+
+def matrices(model: Decoder) -> list[str]:
+    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error."""
+    blocks = [(f"layers.{index}", block) for index, block in enumerate(model.layers)]
+    inside = [
+        f"{name}.{part}"
+        for name, block in blocks
+        for part, module in block.named_modules()
+        if isinstance(block, Block)
+        and (
+            part == "mlp.experts"
+            if isinstance(block.mlp, MoE) and part.startswith("mlp.")
+            else hasattr(module, "in_features")
+        )
+    ]
+    return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
+
+
+def load(
+    root: Path,
+    hf: Mapping[str, Any],
+    files: Mapping[Path, Mapping[str, Entry]],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    codes: bool,
+) -> Decoder:
+    """See `load_model`. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped tensors."""
+    where = str(root)
+    if hf["quantization_config"] != SETTINGS:
+        raise ArtifactError(
+            "its quantization_config is of another format.", where=where, cure="Update ownlm, or quantise it again."
+        )
+    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    entries = {name: entry for held in files.values() for name, entry in held.items()}
+    config, family = from_hf(hf, where=f"{root / 'config.json'}")
+    with torch.device("meta"):
+        model: Any = family.build(config, hf)
+        if not isinstance(model, Decoder) or model.task is not None:
+            raise ArtifactError("only decoders that write are quantised.", where=where)
+        for name in matrices(model):
+            model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
+    _match(model.state_dict(), entries, where)
+    tensors = {name: tensor for path, held in files.items() for name, tensor in map_tensors(path, held).items()}
+    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
+    parameters = dict(model.named_parameters())
+    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    model.requires_grad_(False)
+    if not codes:
+        for name in matrices(model):
+            model.set_submodule(name, plain(model.get_submodule(name), dtype or torch.float32))
+        model.requires_grad_(True)
+        if dtype is None:
+            model.float()
+    model.pooling = read_pooling(root)
+    return model.to(device).eval()
+
+
+def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:
+    """The codes of a matrix by what the file holds; int8 where it holds none, which `_match` tells."""
+    stored = entries.get(f"{name}.{part}.codes" if part else f"{name}.codes")
+    scheme = "int8" if stored is None else SCHEMES.get(stored.dtype, "int8")
+    *outer, columns = weight.shape
+    groups = -(-columns // GROUP)
+    bytes_ = groups * GROUP // (1 if scheme == "int8" else 2)
+    codes = torch.empty(*outer, bytes_, dtype=torch.int8 if scheme == "int8" else torch.uint8)
+    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
+
+
+def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:
+    faults = [f"tensor {name} is missing" for name in ours if name not in entries]
+    faults += [f"tensor {name} is unexpected" for name in entries if name not in ours]
+    for name, tensor in ours.items():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        is_code = name.endswith((".codes", ".scales"))
+        if entry.shape != tuple(tensor.shape):
+            faults.append(f"tensor {name} has shape {entry.shape}, the config asks for {tuple(tensor.shape)}")
+        elif entry.dtype != tensor.dtype if is_code else not entry.dtype.is_floating_point:
+            faults.append(f"tensor {name} holds {entry.dtype}")
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise ArtifactError("; ".join(faults[:5]) + more + ".", where=where)

@@ -1,0 +1,146 @@
+"""The stage and its command: what it writes, where its text comes from, what it refuses."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import ownlm
+from ownlm.artifact import Artifact, Workspace
+from ownlm.cli import main
+from ownlm.errors import UserError
+from ownlm.kernels import library
+from ownlm.models.quantize import QuantizedLinear
+from ownlm.models.weights import load_model, save_model
+from ownlm.records import Conversation, Document, Message, write_jsonl
+from ownlm.release.quantize import read, rows
+from ownlm.report import Reporter
+from tiny import tiny_model, tiny_tokenizer
+
+WORDS = "the quick brown fox jumps over lazy dogs while seven wise owls read long books by night".split()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    name: str = "x"
+    task: str = "text"
+
+
+def text(seed: int, words: int = 150) -> str:
+    draw = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(WORDS[index] for index in draw)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OWNLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def workspace(home: Path) -> Workspace:
+    """A checkpoint "owl" that was made from documents, and "stray", of which nothing is known."""
+    found, model = Workspace(home), tiny_model()
+    with found.create("documents", "texts", inputs={}, recipe=Recipe()) as draft:
+        for split, count in (("train", 40), ("test", 8)):
+            documents = [Document(text=text(index + len(split)), source="x") for index in range(count)]
+            write_jsonl(draft.path / f"{split}.jsonl", documents)
+        talk = Conversation(messages=(Message(role="user", content="hoot"), Message(role="assistant", content="who")))
+        write_jsonl(draft.path / "conversations.jsonl", [talk] * 20)
+    for name, inputs in (("owl", {"documents": draft.done}), ("stray", {})):
+        with found.create("checkpoint", name, inputs=inputs, recipe=Recipe(name=name)) as checkpoint:
+            save_model(model.decoder, checkpoint.path)
+            model.tokenizer.save(checkpoint.path)
+    return found
+
+
+def quantized(workspace: Workspace, ref: str = "owl", **fields: object) -> Artifact:
+    return ownlm.quantize(ref, **{"to": "int4", "workspace": workspace, "reporter": Reporter.silent(), **fields})
+
+
+def test_it_makes_a_checkpoint_that_every_command_opens(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "owl", "--to", "int4", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["quantized", "artifact"]
+    made = workspace.open("owl-int4", "checkpoint")
+    assert {role: one["ref"] for role, one in made.manifest.inputs.items()} == {
+        "checkpoint": "owl@1",
+        "documents": "texts@1",
+    }
+    assert made.manifest.recipe["method"] == "gptq"
+    held = made.facts["held_out"]
+    assert 0 < held["kl"] < 0.5
+    assert held["perplexity_rise"] == pytest.approx(2.718281828 ** (held["nats_after"] - held["nats_before"]) - 1)
+    model = ownlm.load("owl-int4", workspace=workspace)
+    whole = ownlm.load("owl", workspace=workspace)
+    assert model.num_parameters == whole.num_parameters
+    assert isinstance(model.decoder.layers[0].mlp.up_proj, QuantizedLinear) == (library.library() is not None)
+    assert (
+        model.generate("the quick", max_tokens=5).prompt_tokens
+        == whole.generate("the quick", max_tokens=5).prompt_tokens
+    )
+    assert main(["generate", "owl-int4", "the quick", "max_tokens=3"]) == 0
+    assert main(["show", "owl-int4"]) == 0
+    assert "quantization.to = int4" in capsys.readouterr().out
+    # Again: nothing to do. Of itself: nothing left to do.
+    assert quantized(workspace).ref == made.ref
+    with pytest.raises(UserError, match="quantised already"):
+        quantized(workspace, "owl-int4")
+
+
+def test_without_kernels_it_opens_as_numbers(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = quantized(workspace, to="int8", method="rtn")
+    monkeypatch.setattr(library, "library", lambda: None)
+    model = ownlm.load(made.ref, workspace=workspace)
+    assert type(model.decoder.layers[0].mlp.up_proj) is torch.nn.Linear
+    original = load_model(workspace.open("owl").path, dtype=torch.float32)
+    weight = original.layers[0].mlp.up_proj.weight
+    assert (model.decoder.layers[0].mlp.up_proj.weight - weight).abs().max() < weight.abs().max() / 200
+
+
+def test_text_comes_from_the_lineage_or_is_named(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--method rtn"):
+        quantized(workspace, "stray")
+    rounded = quantized(workspace, "stray", method="rtn", name="rounded")
+    assert "held_out" not in rounded.facts
+    assert quantized(workspace, "stray", documents="texts").manifest.inputs["documents"]["ref"] == "texts@1"
+    file = tmp_path / "book.txt"
+    file.write_text("\n".join(text(index) for index in range(30)))
+    of_file = quantized(workspace, "stray", documents=file, name="of-file")
+    assert of_file.manifest.recipe["sha256"]
+    assert of_file.facts["held_out"]["tokens"] > 100
+    file.write_text("other " * 3000)
+    assert quantized(workspace, "stray", documents=file, name="of-file").version == 2
+    file.write_bytes(b"\xff" * 5000)
+    with pytest.raises(UserError, match="can't be read as text"):
+        quantized(workspace, "stray", documents=file)
+    file.write_text("short")
+    with pytest.raises(UserError, match="less text than one context"):
+        quantized(workspace, "stray", documents=file)
+
+
+def test_conversations_count_where_the_model_was_tuned_on_them(workspace: Workspace) -> None:
+    documents = workspace.open("texts", "documents")
+    kinds = [{type(one) for one in read(documents, 64, chat=chat, held_out=False)} for chat in (True, False)]
+    assert kinds == [{str, Conversation}, {str}]
+
+
+def test_rows_are_whole_and_as_many_as_asked() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [text(index) for index in range(20)]
+    found = rows(texts, tokenizer, 64, 640, 0)
+    assert found is not None
+    assert found.shape == (10, 64)
+    again = rows(iter(texts), tokenizer, 64, 640, 0)
+    assert again is not None
+    assert torch.equal(found, again)
+    assert rows(["hi"], tokenizer, 64, 640, 0) is None
+
+
+def test_what_is_no_decoder_is_refused(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "texts", "--to", "int8"]) == 2
+    assert "checkpoint or adapter" in capsys.readouterr().err
