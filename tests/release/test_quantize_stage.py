@@ -1,6 +1,8 @@
 """The stage and its command: what it writes, where its text comes from, what it refuses."""
 
 import json
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ownlm.errors import UserError
 from ownlm.kernels import library
 from ownlm.models.quantize import QuantizedLinear
 from ownlm.models.weights import load_model, save_model
+from ownlm.pipeline import run_stage
 from ownlm.records import Conversation, Document, Message, write_jsonl
 from ownlm.release.quantize import read, rows
 from ownlm.report import Reporter
@@ -42,14 +45,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def workspace(home: Path) -> Workspace:
     """A checkpoint "owl" that was made from documents, and "stray", of which nothing is known."""
+    return filled(home, "owl", "texts")
+
+
+def filled(home: Path, made: str, of: str) -> Workspace:
     found, model = Workspace(home), tiny_model()
-    with found.create("documents", "texts", inputs={}, recipe=Recipe()) as draft:
+    with found.create("documents", of, inputs={}, recipe=Recipe()) as draft:
         for split, count in (("train", 40), ("test", 8)):
             documents = [Document(text=text(index + len(split)), source="x") for index in range(count)]
             write_jsonl(draft.path / f"{split}.jsonl", documents)
         talk = Conversation(messages=(Message(role="user", content="hoot"), Message(role="assistant", content="who")))
         write_jsonl(draft.path / "conversations.jsonl", [talk] * 20)
-    for name, inputs in (("owl", {"documents": draft.done}), ("stray", {})):
+    for name, inputs in ((made, {"documents": draft.done}), ("stray", {})):
         with found.create("checkpoint", name, inputs=inputs, recipe=Recipe(name=name)) as checkpoint:
             save_model(model.decoder, checkpoint.path)
             model.tokenizer.save(checkpoint.path)
@@ -144,3 +151,24 @@ def test_rows_are_whole_and_as_many_as_asked() -> None:
 def test_what_is_no_decoder_is_refused(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "texts", "--to", "int8"]) == 2
     assert "checkpoint or adapter" in capsys.readouterr().err
+
+
+def test_the_how_to_page_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command, the Python and the recipe of docs/how-to/quantise-a-model.md, in their order."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "quantise-a-model.md").read_text()
+    workspace = filled(home, "demo", "demo-documents")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace.open("stray").path, tmp_path / "gpt2", ignore=lambda *_: ["manifest.json"])
+    (tmp_path / "book.txt").write_text("\n".join(text(index) for index in range(30)))
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
+    assert len(commands) >= 6
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    python, toml = (
+        next(block.removeprefix(kind) for block in page.split("```") if block.startswith(kind))
+        for kind in ("python", "toml")
+    )
+    exec(python, {})  # noqa: S102
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'name = "demo"\n{toml}')
+    assert run_stage("quantize", recipe, (), workspace, Reporter.silent()).ref == "demo-quantized@1"
