@@ -33,8 +33,8 @@ def load_model(
     path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", codes: bool = False
 ) -> Any:
     """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks; of
-    several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is opened as the integers it holds, mapped
-    from the file and for inference only; else as the numbers they stand for.
+    several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is
+    opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for.
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
