@@ -4,6 +4,7 @@ Needs a Python that has llama-cpp-python, which compiles for ten minutes: OWNLM_
 benchmarks/gguf_parity.py makes such an environment.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -94,10 +95,12 @@ def test_the_same_greedy_text(name: str, quantization: str, llama_cpp: LlamaCpp,
     assert llama_cpp.ask(model=str(path), texts=[TEXT])["ids"] == [tokenizer.encode(TEXT)]
 
 
-def test_an_encoder(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
-    save_encoder("bert", "Model", tmp_path / "hf")
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert"])
+def test_encoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """Also RoBERTa's, whose first position is not 0."""
+    save_encoder(name, "Model", tmp_path / "hf")
     export(tmp_path / "hf", out=tmp_path / "bert.gguf", quantization="F32")
-    ids = torch.randint(0, 97, (50,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(5, 97, (50,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = load_model(tmp_path / "hf")(ids[None])[0]
     theirs = torch.tensor(llama_cpp.ask(model=str(tmp_path / "bert.gguf"), hidden=ids.tolist())["hidden"])
@@ -141,6 +144,20 @@ def test_less_error_than_its_quantiser(type: str, kind: str, llama_cpp: LlamaCpp
     error = relative_error(type, theirs, given)
     assert error == pytest.approx(GGML_ERRORS[type][kind], rel=2e-3)
     assert relative_error(type, ours, given) < error
+
+
+@needs_vectors
+def test_a_unigram_vocabulary(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """T5's and XLM-RoBERTa's kind, from SentencePiece's own test model: the same ids of texts of many kinds."""
+    shutil.copy(VECTORS / "sentencepiece" / "test_model.model", tmp_path / "spiece.model")
+    names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.load(tmp_path)
+    gguf.write(tmp_path / "v.gguf", {"general.architecture": "t5", **to_gguf(tokenizer, tokenizer.vocab_size)}, [])
+    lines = (VECTORS / "sentencepiece" / "botchan.txt").read_text().splitlines()[:300]
+    texts = [*PROBES, *(line for line in lines if line.strip())]
+    theirs = llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts)["ids"]
+    assert theirs == [tokenizer.encode(text) for text in texts]
 
 
 @needs_vectors

@@ -165,7 +165,7 @@ def _write_gguf(
         metadata["tokenizer.ggml.model"] = "none"
         notes = (*notes, "There is no tokenizer with the model: the file takes token ids only.")
     else:
-        metadata |= to_gguf(tokenizer, model.config.vocab_size)
+        metadata |= to_gguf(tokenizer, model.config.vocab_size, ends=isinstance(model, Encoder))
     gguf.write(path, metadata, described.tensors)
     return described.architecture, int(cast(Any, described.metadata[f"{described.architecture}.context_length"])), notes
 

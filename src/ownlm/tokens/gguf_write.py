@@ -4,6 +4,7 @@ GGUF names one of a list of splits and kinds instead of describing them, so a to
 written. What was written is read back and tried on texts of many kinds before anybody relies on it.
 """
 
+import base64
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -48,9 +49,9 @@ PROBES = (
 )
 
 
-def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, gguf.Value]:
-    """The keys of a vocabulary of `vocab_size` tokens (a model may have more rows than its tokenizer has tokens). Raises
-    UserError when llama.cpp would give other ids."""
+def to_gguf(tokenizer: Tokenizer, vocab_size: int, *, ends: bool = False) -> dict[str, gguf.Value]:
+    """The keys of a vocabulary of `vocab_size` tokens (a model may have more rows than its tokenizer has tokens). `ends`: the model
+    reads texts with their end token, as encoders do. Raises UserError when llama.cpp would give other ids."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"it has {tokenizer.vocab_size} tokens, the model {vocab_size}.", where="tokenizer")
     whole = convert.whole(tokenizer.backend)
@@ -65,7 +66,7 @@ def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, gguf.Value]:
         "token_type": np.array(types, np.int32),
         **_special(tokenizer),
         "add_bos_token": np.bool_(tokenizer.bos_id is not None),
-        "add_eos_token": np.bool_(False),
+        "add_eos_token": np.bool_(ends),
     }
     metadata = {KEY + key: value for key, value in told.items()}
     if tokenizer.template is not None:
@@ -88,8 +89,8 @@ def _kind(whole: Mapping[str, Any]) -> str:
     model, decoder = whole["model"]["type"], whole["decoder"] or {}
     if model == "BPE":
         return "gpt2" if decoder.get("type") == "ByteLevel" else "llama"
-    if model == "WordPiece":
-        return "bert"
+    if model in ("WordPiece", "Unigram"):
+        return "bert" if model == "WordPiece" else "t5"
     raise _unlike(f"there is nothing written for {model}")
 
 
@@ -129,7 +130,39 @@ def _bert(tokenizer: Tokenizer, whole: Mapping[str, Any], texts: list[str], type
     return {"model": "bert", "pre": "jina-v2-en", "token_type_count": np.uint32(2)}
 
 
-KINDS = {"gpt2": _gpt2, "llama": _llama, "bert": _bert}
+def _t5(tokenizer: Tokenizer, whole: Mapping[str, Any], texts: list[str], types: list[int]) -> dict[str, gguf.Value]:
+    """SentencePiece Unigram: the score of each piece, and how text is normalised before."""
+    pieces = whole["model"]["vocab"]
+    scores = np.zeros(len(texts), np.float32)
+    scores[: len(pieces)] = [score for _, score in pieces]
+    unknown = int(whole["model"]["unk_id"])
+    types[unknown] = UNKNOWN
+    for id, text in enumerate(texts):
+        if BYTE_TOKEN.fullmatch(text) and whole["model"].get("byte_fallback"):
+            types[id] = BYTE
+    told: dict[str, gguf.Value] = {
+        "model": "t5",
+        "pre": "default",
+        "scores": scores,
+        "unknown_token_id": np.uint32(unknown),
+    }
+    told["add_space_prefix"] = np.bool_(texts[tokenizer.encode("a")[0]].startswith("▁"))
+    told["remove_extra_whitespaces"] = np.bool_(tokenizer.encode("a  a") == tokenizer.encode("a a"))
+    if table := next(
+        (step["precompiled_charsmap"] for step in _steps(whole["normalizer"]) if step["type"] == "Precompiled"), ""
+    ):
+        told["precompiled_charsmap"] = np.frombuffer(base64.b64decode(table), np.uint8)
+    return told
+
+
+def _steps(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The normalizer's steps, one after another."""
+    if normalizer is None:
+        return []
+    return [step for part in normalizer.get("normalizers", []) for step in _steps(part)] or [normalizer]
+
+
+KINDS = {"gpt2": _gpt2, "llama": _llama, "bert": _bert, "t5": _t5}
 
 
 def _merges(whole: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -96,7 +96,8 @@ def describe(model: Decoder | Encoder, quantization: Quantization) -> Described:
 
 
 def _body(model: Decoder | Encoder) -> tuple[Config, dict[str, Tensor], tuple[str, ...]]:
-    """What llama.cpp has a place for: of an encoder not its heads, which it has no use for."""
+    """What llama.cpp has a place for: of an encoder not its heads, which it has no use for, and of RoBERTa's positions those that real
+    tokens have. Its first rows are for padding, and texts have none there."""
     ours: dict[str, Tensor] = dict(model.named_parameters())
     config = model.config
     if not isinstance(config, EncoderConfig):
@@ -105,7 +106,8 @@ def _body(model: Decoder | Encoder) -> tuple[Config, dict[str, Tensor], tuple[st
         name: tensor for name, tensor in ours.items() if not name.startswith(("head.", "pooler.", "next_sentence."))
     }
     left = ("llama.cpp uses encoders to embed texts: the heads are left out.",) if len(kept) < len(ours) else ()
-    return replace(config, head=None, pooler=False, next_sentence=False), kept, left
+    kept["embed_positions.weight"] = kept["embed_positions.weight"][config.first_position :]
+    return replace(config, head=None, pooler=False, next_sentence=False, first_position=0), kept, left
 
 
 def _tied(config: Config) -> bool:
@@ -230,7 +232,8 @@ def _turns(layer: Layer) -> list[float]:
 # The architecture made for a family, where they don't share a name.
 NATIVE = {
     "mistral": "llama", "mixtral": "llama", "gpt_neo": "gpt2", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3",
-    "gpt_oss": "gpt-oss", "grok-1": "grok", "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss", "grok-1": "grok", "qwen3_moe": "qwen3moe", "roberta": "bert", "xlm-roberta": "bert",
+    "camembert": "bert", "distilbert": "bert",
 }  # fmt: skip
 
 assert set(NATIVE) <= set(FAMILIES)
