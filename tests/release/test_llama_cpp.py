@@ -95,7 +95,7 @@ def test_the_same_greedy_text(name: str, quantization: str, llama_cpp: LlamaCpp,
     assert llama_cpp.ask(model=str(path), texts=[TEXT])["ids"] == [tokenizer.encode(TEXT)]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "distilbert"])
 def test_encoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     """Also RoBERTa's, whose first position is not 0."""
     save_encoder(name, "Model", tmp_path / "hf")

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pytest
+import sentencepiece
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -42,6 +43,26 @@ def test_real_vocabularies_come_back(name: str) -> None:
         one, other = (np.asarray(each["tokenizer.ggml.scores"])[normal] for each in (theirs, ours))
         merged = np.array([len(theirs["tokenizer.ggml.tokens"][id]) > 1 for id in normal])  # type: ignore[index]
         assert np.array_equal(np.argsort(-one[merged], kind="stable"), np.argsort(-other[merged], kind="stable"))
+
+
+@needs_vectors
+def test_unigram(tmp_path: Path) -> None:
+    """SentencePiece's own test model: pieces, scores and the table of characters as they are in its file."""
+    shutil.copy(VECTORS / "sentencepiece" / "test_model.model", tmp_path / "spiece.model")
+    names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.load(tmp_path)
+    keys = to_gguf(tokenizer, tokenizer.vocab_size, ends=True)
+    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.add_eos_token"]) == ("t5", True)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    count = theirs.vocab_size()
+    assert keys["tokenizer.ggml.tokens"][:count] == [theirs.id_to_piece(id) for id in range(count)]  # type: ignore[index]
+    normal = [id for id in range(count) if not (theirs.is_control(id) or theirs.is_unknown(id))]
+    ours = keys["tokenizer.ggml.scores"][normal]  # type: ignore[index]
+    assert np.allclose(ours, [theirs.get_score(id) for id in normal], rtol=1e-6)
+    again = from_gguf(keys)
+    assert [again.encode(text) for text in PROBES] == [theirs.encode(text) for text in PROBES]
+    assert again.document("a b") == tokenizer.document("a b")
 
 
 @needs_vectors

@@ -289,7 +289,8 @@ def read_grok(keys: Keys) -> dict[str, Any]:
 
 
 def read_bert(keys: Keys) -> dict[str, Any]:
-    without, types = (*MULTI_HEAD, "rope_parameters", "tie_word_embeddings"), keys.rows("token_types.weight")
+    without = (*MULTI_HEAD, "rope_parameters", "tie_word_embeddings")
+    types = keys.rows("token_types.weight") if keys.holds("token_types.weight") else 0  # DistilBERT has none
     told = decoder(keys, "bert", without=without, hidden_act="gelu", type_vocab_size=types)
     return told | {"architectures": ["BertModel"]}
 

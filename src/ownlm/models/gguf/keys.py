@@ -36,7 +36,8 @@ def write(config: DecoderConfig | EncoderConfig, architecture: str) -> dict[str,
 
 def encoder_keys(config: EncoderConfig, pooling: Pooling | None) -> dict[str, gguf.Value]:
     """What else llama.cpp asks of an encoder: rows of its table of token types, and how a text's vector is made, if told."""
-    told: dict[str, gguf.Value] = {"tokenizer.ggml.token_type_count": np.uint32(config.token_types)}
+    types = max(1, config.token_types)  # llama.cpp wants at least one named, also where there is no table (DistilBERT)
+    told: dict[str, gguf.Value] = {"tokenizer.ggml.token_type_count": np.uint32(types)}
     return told if pooling is None else told | {"bert.pooling_type": np.uint32(POOLINGS[pooling.kind])}
 
 
