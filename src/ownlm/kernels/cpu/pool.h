@@ -12,8 +12,9 @@
 
 namespace ownlm {
 
+// Members that share a core wait for each other's turn: after some microseconds a wait gives its own turn up, again and again.
 inline void pause_briefly(int turn) {
-    if (turn % 4096 == 4095) {
+    if (turn > 512 && turn % 32 == 0) {
         std::this_thread::yield();
         return;
     }
