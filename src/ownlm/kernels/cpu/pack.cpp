@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -11,6 +12,14 @@ namespace ownlm {
 
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
+#ifdef __SANITIZE_ADDRESS__
+// From the heap, where a sanitizer sees what lies beyond the end.
+Memory::Memory(size_t bytes) : data_((uint8_t*)std::calloc(bytes, 1)), bytes_(bytes) {
+    if (!data_ && bytes) throw std::bad_alloc();
+}
+
+Memory::~Memory() { std::free(data_); }
+#else
 Memory::Memory(size_t bytes) : bytes_(bytes) {
     // Small blocks share pages with others; only what is read at length is worth pages of its own.
     mapped_ = bytes >= HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : round_up(int(bytes) + 1, 4096);
@@ -33,6 +42,7 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 Memory::~Memory() {
     if (data_) munmap(data_, mapped_);
 }
+#endif
 
 void allocate(Packed& matrix, Kind kind, int n, int k) {
     matrix.kind = kind, matrix.n = n, matrix.k = k;

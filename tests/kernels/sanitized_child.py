@@ -1,0 +1,72 @@
+"""Runs the kernels of a library compiled with sanitizers, which end the process at the first fault they see.
+
+    python sanitized_child.py INSTRUCTION_SET [overrun]
+
+The library is $XDG_CACHE_HOME/ownlm/sanitized.so. With `overrun` a step is told of more rows than its arrays hold: the fault that
+shows that the sanitizers watch.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
+from references import CONFIGS, make_loud
+
+from ownlm.kernels import build, choose, library
+from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
+from ownlm.models.decoder import Decoder
+from ownlm.models.families import from_hf
+
+SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "phi3-longrope")
+
+
+def batch(lengths: list[int], first: list[int], pages_SP: np.ndarray) -> Batch:
+    """The next rows of each sequence, of which the last is wanted."""
+    count = sum(lengths)
+    position_R = np.concatenate(
+        [at + np.arange(length, dtype=np.int32) for at, length in zip(first, lengths, strict=True)]
+    )
+    ends = np.cumsum(lengths) - 1
+    return Batch(
+        token_R=np.arange(count, dtype=np.int32) * 31 % 97,
+        sequence_R=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        position_R=position_R,
+        wanted_R=np.isin(np.arange(count), ends).astype(np.int32),
+        long_R=np.zeros(count, np.int32),
+        pages_SP=pages_SP,
+    )
+
+
+def main(instruction_set: str, overrun: bool) -> None:
+    build.file_name = lambda: "sanitized.so"
+    assert instruction_set in library.instruction_sets(), library.missing()
+    pages_SP = (
+        np.arange(2 * 3, dtype=np.int32).reshape(2, 3)[::-1].copy()
+    )  # all there are: the last one is full at the end
+    for name in SHAPES:
+        config, family = from_hf(CONFIGS[name])
+        model = family.build(config, CONFIGS[name])
+        make_loud(model)
+        assert isinstance(model, Decoder)
+        for kind in KINDS:
+            native = NativeDecoder(model, kind, instruction_set=instruction_set)
+            cache = native.cache(pages_SP.size)
+            for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
+                given = batch(lengths, first, pages_SP)
+                if overrun:
+                    object.__setattr__(given, "position_R", given.position_R[:1].copy())
+                logits_WV, hidden_WD = native.step(cache, given, hidden=True)
+                assert logits_WV is not None
+                assert hidden_WD is not None
+                assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, kind)
+                choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main(sys.argv[1], sys.argv[2:] == ["overrun"])
+    print("clean")
