@@ -77,11 +77,6 @@ def _runs_codes(path: Path) -> bool:
     return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
 
 
-def _runs_codes(path: Path) -> bool:
-    # The library is looked for last: finding it may mean compiling it.
-    return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
-
-
 def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
     """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
     source = adapter.manifest.inputs["checkpoint"]

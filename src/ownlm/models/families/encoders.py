@@ -58,7 +58,7 @@ def encoder(
 
 
 def read_bert(fields: Fields) -> EncoderConfig:
-    types = fields.index("type_vocab_size", 2, below=2**24)
+    types = fields.count("type_vocab_size", 2, at_least=0)
     config = encoder(fields, masked_lm="cls.predictions.transform.dense.weight", token_types=types)
     # Of a sequence head, the pooler is the dense layer.
     return replace(config, pooler=False) if config.head and config.head.task == "sequence" else config
