@@ -126,5 +126,5 @@ def test_runs_are_listed(home, capsys):
 def test_doctor_reports_this_machine(capsys):
     assert main(["doctor", "--json"]) == 0
     findings = {row["what"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert {"ownlm", "torch", "compute", "memory", "disk", "workspace"} == set(findings)
+    assert {"ownlm", "torch", "compute", "kernels", "memory", "disk", "workspace"} == set(findings)
     assert "GFLOP/s" in findings["compute"]["found"]

@@ -21,7 +21,7 @@ from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
-SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss", "phi3-longrope")
+SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
 
 def batch(lengths: list[int], first: list[int], pages_SP: np.ndarray) -> Batch:

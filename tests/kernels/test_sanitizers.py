@@ -11,7 +11,11 @@ from ownlm.kernels import build, library
 
 CHILD = Path(__file__).with_name("sanitized_child.py")
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
-pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # the processes of a sanitizer are slow to begin
+    pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}"),
+]
 
 
 @pytest.fixture(scope="module")
