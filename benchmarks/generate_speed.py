@@ -194,7 +194,9 @@ def serve(folder: Path, kind: str, threads: int) -> None:
         assert isinstance(model, Decoder)
         sides["step"] = Step(model, kind)
         sides["engine"] = Whole(model, sides["step"])
-        told = {"bytes": sides["step"].native.memory_bytes - looked_up(model, kind)}
+        read = sides["step"].native.memory_bytes - looked_up(model, kind)
+        # Of experts a step reads only some.
+        told = {"bytes": 0 if any(layer.mlp.experts for layer in model.config.layers) else read}
     print(json.dumps(told), flush=True)
     with torch.inference_mode():
         for line in sys.stdin:
