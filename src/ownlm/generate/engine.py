@@ -281,6 +281,7 @@ class Engine:
             if row.completes:
                 ready.append((row, logits_WV[-row.drafted - 1 :]))
             sequence.cached += row.known
+            self._publish(sequence)  # before it may end, and give its pages back
         events: list[Event] = []
         for place in itertools.count():
             if not ready:
@@ -291,8 +292,6 @@ class Engine:
             if ready:
                 new, ready = self._choose(ready, place, allowed)
                 events += new
-        for row in rows:
-            self._publish(row.sequence)
         return events
 
     def _choose(
@@ -375,7 +374,7 @@ class Engine:
 class Pace:
     """How long steps take here, from those seen: so that a prompt is let in without holding up those who write."""
 
-    LEAST, UNKNOWN = 8, 32  # prompt tokens a step; a block of rows costs as much as one of it
+    LEAST, BLOCK, UNKNOWN = 2, 8, 16  # prompt tokens a step; within a block of rows the weights are read once
     SLOWER = 0.7  # how much longer a step of writing may take for a prompt's sake
 
     def __init__(self) -> None:
@@ -392,7 +391,8 @@ class Pace:
         """How many a step may read beside those who write."""
         if not self.step_seconds or not self.token_seconds:
             return self.UNKNOWN
-        return max(self.LEAST, int(self.SLOWER * self.step_seconds / self.token_seconds) // self.LEAST * self.LEAST)
+        tokens = int(self.SLOWER * self.step_seconds / self.token_seconds)
+        return max(self.LEAST, tokens if tokens < self.BLOCK else tokens // self.BLOCK * self.BLOCK)
 
 
 def _blend(before: float, new: float) -> float:
