@@ -127,8 +127,8 @@ def test_a_conversation(browser: Any, spoken: tuple[str, Model], tmp_path: Path)
     visit.close()
 
 
-def test_stop_ends_the_answer_and_keeps_it(browser: Any, spoken: tuple[str, Model]) -> None:
-    visit = Visit(browser, spoken[0])
+def test_stop_ends_the_answer_and_keeps_it(browser: Any, slow_address: str) -> None:
+    visit = Visit(browser, slow_address)  # the other one would be done before anybody clicks
     visit.page.wait_for_selector("#model:text-is('tiny')")
     visit.ask("a long one")
     visit.page.wait_for_selector(".writing .token")
