@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,17 @@ def test_the_cache_fits_into_memory_and_always_holds_one_answer(monkeypatch: pyt
     monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
     pool = MODEL.engine(8).pool
     assert pool.count * pool.size == 128
+
+
+def test_changed_weights_are_what_generates() -> None:
+    """The kernels keep a copy of the weights; an edited model must not go on speaking with the old one."""
+    model, other = tiny_model(seed=1), tiny_model(seed=2)
+    settings: dict[str, Any] = {"max_tokens": 12, "stop_ids": frozenset()}
+    before, streamed = model.generate("x", **settings).text, "".join(model.stream("x", **settings))
+    model.decoder.load_state_dict(other.decoder.state_dict())
+    after = other.generate("x", **settings).text
+    assert before == streamed != after
+    assert model.generate("x", **settings).text == "".join(model.stream("x", **settings)) == after
 
 
 def talk(model: Model, *lines: str) -> tuple[str, list[Message]]:

@@ -52,6 +52,7 @@ from ownlm.tokens.gguf import tokenizer_of
 Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
 Prompt: TypeAlias = str | Chat
 Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
+WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
@@ -152,6 +153,8 @@ class Model:
         self.lock = threading.RLock()
         self._engine: Engine | None = None
         self._native: native.NativeDecoder | None = None
+        self._packed: WeightsState = ()  # of the weights that `_native` is a copy of
+        self._engine_state: WeightsState = ()
         self._events: dict[int, deque[Event]] = {}
 
     @property
@@ -184,8 +187,10 @@ class Model:
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
         """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
         room = int(machine.free_memory_bytes() * CACHE_SHARE)
-        if self._native is None and native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
-            self._native = native.NativeDecoder(decoder)
+        if self._native is None or self._packed != weights_state(decoder):
+            self._native = None  # before another is made
+            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
+                self._native, self._packed = native.NativeDecoder(decoder), weights_state(decoder)
         if self._native is not None:
             least = -(-self.context // native.PAGE)
             pages = max(least, min(slots * least, room // self._native.page_bytes()))
@@ -264,7 +269,11 @@ class Model:
     def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
-            engine = self._engine = self._engine or self.engine(min(self.slots, 8))
+            state = weights_state(self.decoder)
+            # Also what the cache holds of earlier prompts is of the weights it was made with.
+            if self._engine is None or (self._engine.idle and self._engine_state != state):
+                self._engine, self._engine_state = self.engine(min(self.slots, 8)), state
+            engine = self._engine
             request = engine.add(prompt, sampling, embeds_TD)
             queue = self._events[request] = deque()
         open_answers = sampling.n
@@ -432,6 +441,12 @@ class Model:
             return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
         positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
+
+
+def weights_state(module: torch.nn.Module) -> WeightsState:
+    """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
+    held = (*module.parameters(), *module.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
 
 
 def as_message(message: Message | Mapping[str, Any]) -> Message:
