@@ -129,7 +129,9 @@ class Whole:
     def engine(self, slots: int) -> Engine:
         runner = NativeRunner(self.step.native, self.model, pages=2048 // PAGE)
         words: Any = Words()
-        return Engine(self.model, words, slots=slots, runner=runner, speculate=False)  # random weights repeat themselves
+        return Engine(
+            self.model, words, slots=slots, runner=runner, speculate=False
+        )  # random weights repeat themselves
 
     def ask(self, engine: Engine, length: int, tokens: int) -> None:
         prompt = self.random.integers(self.step.vocabulary, size=length).tolist()

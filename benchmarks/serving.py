@@ -6,8 +6,8 @@ A random Llama of 134 M parameters (768 x 12, vocabulary 32,000), on two threads
 
   prefix   time to the first token of a prompt of 2,000 + 32 tokens, once where nothing of it stands in the cache and once where
            another request has read its first 2,000 (bar: at least 10 times lower)
-  stalls   time between tokens of 8 running answers, 99th percentile, alone and while a prompt of 4,000 tokens is read
-           (bar: at most twice)
+  stalls   time between tokens of 8 running answers, 99th percentile, while a prompt of 4,000 tokens is read, and over as many
+           steps of answers as long without it (bar: at most twice)
 
 Medians over the rounds; everything in one process, in turn.
 """
@@ -92,11 +92,17 @@ def prefix(make: Callable[[], Engine], rounds: int) -> None:
     )
 
 
-def gaps(engine: Engine, steps: int, while_reading: bool) -> list[float]:
-    """Seconds between tokens of those who write, over `steps` steps or until the long prompt is read."""
-    times: list[float] = []
-    reader = engine.add(prompt(7, LONG), Sampling(max_tokens=1)) if while_reading else None
-    for _ in range(steps):
+def gaps(make: Callable[[], Engine], seed: int, steps: int | None) -> list[float]:
+    """Seconds between tokens of those who write, while the long prompt is read or, without it, over so many steps."""
+    engine = make()
+    for writer in range(WRITERS):
+        engine.add(prompt(seed + writer, 64), Sampling(max_tokens=CONTEXT - 64))
+    until(engine, lambda: all(each.writing for each in engine.running) and not engine.waiting)
+    for _ in range(32):
+        engine.step()  # it learns its pace
+    reader = engine.add(prompt(7, LONG), Sampling(max_tokens=1)) if steps is None else None
+    times = [time.perf_counter()]
+    while len(times) <= (steps or CONTEXT // 2):
         events = engine.step()
         times.append(time.perf_counter())
         if reader is not None and any(event.request == reader for event in events):
@@ -107,14 +113,9 @@ def gaps(engine: Engine, steps: int, while_reading: bool) -> list[float]:
 def stalls(make: Callable[[], Engine], rounds: int) -> None:
     alone, beside, reading = [], [], []
     for round in range(rounds):
-        engine = make()
-        for writer in range(WRITERS):
-            engine.add(prompt(round * 100 + writer, 64), Sampling(max_tokens=2_000))
-        until(engine, lambda engine=engine: all(each.writing for each in engine.running) and not engine.waiting)  # type: ignore[misc]
-        quiet = gaps(engine, 200, False)
-        began = time.perf_counter()
-        loud = gaps(engine, 1_500, True)
-        reading.append(time.perf_counter() - began)
+        loud = gaps(make, round * 100, None)
+        quiet = gaps(make, round * 100, len(loud))
+        reading.append(sum(loud))
         alone.append(percentile(quiet))
         beside.append(percentile(loud))
     ratio = statistics.median(beside) / statistics.median(alone)

@@ -11,10 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.drafts import Costs, Echoes
-from ownlm.generate.engine import Engine
+from ownlm.generate.engine import Engine, Pace
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
-from ownlm.generate.sequence import Event
+from ownlm.generate.sequence import Event, Row
 from ownlm.kernels.native import NativeDecoder, unsupported
 from tiny import tiny_model
 
@@ -139,6 +139,46 @@ def test_a_long_prompt_does_not_stop_those_who_write() -> None:
     for _ in range(9):
         assert [event.request for event in engine.step()] == [writer]
     assert len(engine.step()) == 2
+
+
+@pytest.mark.skipif(unsupported(MODEL.decoder) is not None, reason="no native kernels here")
+def test_a_long_prompt_is_read_in_pieces_that_stop_between_layers() -> None:
+    prompt = torch.randint(97, 120, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    sampling = Sampling(max_tokens=9, temperature=1.0, seed=3, stop_ids=frozenset())
+    alone = tokens(run(small_engine("native", pages=40), [(prompt, sampling)])[0])
+    engine = small_engine("native", pages=40)
+    engine.pace.prompt_tokens = lambda: 3.0  # type: ignore[method-assign]
+    layers: list[range] = []
+    plain, writer = engine.runner.run, engine.add([65], Sampling(max_tokens=120, stop_ids=frozenset()))
+
+    def watched(rows: list[Row]) -> list[torch.Tensor]:
+        layers.extend(row.layers for row in rows if row.layers is not None)
+        return plain(rows)
+
+    engine.runner.run = watched  # type: ignore[method-assign, assignment]
+    engine.step()
+    reader = engine.add(prompt, sampling)
+    events: list[Event] = []
+    while not engine.idle:
+        events += engine.step()
+    assert tokens([event for event in events if event.request == reader]) == alone
+    assert sum(event.request == writer for event in events) == 119
+    # The first layers of every piece, and later the others.
+    assert {each.start for each in layers} == set(range(engine.runner.layers))
+
+
+def test_a_pace_lets_in_what_slows_writing_by_so_much_and_looks_again_what_writing_takes() -> None:
+    pace = Pace()
+    assert pace.prompt_tokens() == Pace.UNKNOWN
+    pace.saw(4, 0, 0.010)
+    pace.saw(4, 8, 0.018)
+    assert pace.prompt_tokens() == pytest.approx(Pace.SLOWER * 10)
+    for _ in range(Pace.LOOK - 1):
+        pace.saw(4, 2, 0.020)
+    assert pace.prompt_tokens() == 0
+    pace.saw(4, 0, 0.030)
+    assert pace.step_seconds == pytest.approx(0.020)
+    assert pace.prompt_tokens() > 0
 
 
 def test_bfloat16_weights_generate() -> None:

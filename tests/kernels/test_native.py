@@ -110,3 +110,37 @@ def test_a_row_does_not_depend_on_its_neighbours(kind: Kind) -> None:
         assert found is not None
         for row, (_, position) in zip(found, rows, strict=True):
             assert torch.equal(row, alone[position])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "phi2", "gemma3", "mixtral", "gpt-oss"])
+def test_rows_that_stop_between_layers_go_on_where_they_were(name: str) -> None:
+    """A prompt goes through one layer a step, beside another sequence that writes; both get the numbers they get alone."""
+    model = decoder(name)
+    native, layers = NativeDecoder(model, "bf16"), model.config.num_layers
+    tokens = torch.randint(model.config.vocab_size, (60,), generator=torch.Generator().manual_seed(1))
+    alone = logits(native, tokens, [60])
+    pages, pieces = shuffled_pages(2, 60), [range(0, 33), range(33, 60)]
+    cache, writes, reads = native.cache(pages.size), [], []
+    for piece in pieces:
+        for layer in range(layers):
+            writer, last = len(writes), layer == layers - 1
+            found, _ = native.step(
+                cache,
+                Batch(
+                    token_R=np.concatenate([tokens[writer : writer + 1], tokens[piece.start : piece.stop]]).astype(
+                        np.int32
+                    ),
+                    sequence_R=np.array([0, *[1] * len(piece)], np.int32),
+                    position_R=np.array([writer, *piece], np.int32),
+                    wanted_R=np.array([1, *[last] * len(piece)], np.int32),
+                    long_R=np.zeros(1 + len(piece), np.int32),
+                    pages_SP=pages,
+                    partial=len(piece),
+                    layers=range(layer, layer + 1),
+                ),
+            )
+            assert found is not None
+            writes.append(found[:1])
+            reads.append(found[1:])
+    assert torch.equal(torch.cat(reads), alone)
+    assert torch.equal(torch.cat(writes), alone[: len(writes)])

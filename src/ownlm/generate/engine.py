@@ -4,18 +4,22 @@
                                                      │
                           step() = schedule (who, which tokens) ─► run (the decoder) ─► commit (sample, stop, report)
 
-Continuous batching: a step feeds the last token of every running sequence and, beside it, a bounded number of prompt tokens of
-new ones: so few that those who write hardly notice. A prompt whose beginning stands in the cache is read from there on. Where
-pages run out, the sequence that came last gives its own back and waits; it goes on later where it was. What nobody can see
-ends at once: a cancelled or finished sequence gives its pages back before the next step.
+Continuous batching: a step feeds the last token of every running sequence and, beside it, as much of a new one's prompt as those
+who write hardly notice: some tokens, or a piece that goes through some of the layers now and through the next ones in the next
+step (layered prefill, arXiv:2510.08055), which is worth its reading of weights and cache however far into a prompt it is. A
+prompt whose beginning stands in the cache is read from there on. Where pages run out, the sequence that came last gives its own
+back and waits; it goes on later where it was. What nobody can see ends at once: a cancelled or finished sequence gives its pages
+back before the next step.
 
 Shapes: T tokens of a prompt, D hidden size, W wanted tokens of a row, V vocabulary.
 """
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +35,8 @@ from ownlm.generate.text import StopText
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 from ownlm.tokens.codec import Tokenizer
+
+BLOCK, PIECE = 8, 64  # prompt tokens: that the kernels take together; of a piece that stops between layers, at most
 
 
 class Engine:
@@ -66,6 +72,7 @@ class Engine:
         self.running: list[Sequence] = []
         self.speculate = self.runner.exact if speculate is None else speculate
         self.pace, self.costs = Pace(), Costs()
+        self.underway: Row | None = None  # a piece of a prompt that is between two layers
         self.drafted_tokens = self.accepted_tokens = 0
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
@@ -160,16 +167,22 @@ class Engine:
         writing = sorted((each for each in self.running if each.writing), key=lambda each: each.rank)
         for sequence in writing:
             self._add_row(rows, sequence, 1, self._draft(sequence, len(writing)))
-        budget = self.prefill_tokens
+        budget = float(self.prefill_tokens)
         if rows and self.runner.exact:
             budget = min(budget, self.pace.prompt_tokens())
+        piece = self._go_on(budget) if budget else None
+        if piece is not None:
+            budget = 0 if writing else budget - len(piece.tokens)
         for sequence in sorted((each for each in self.running if not each.writing), key=lambda each: each.rank):
-            budget -= self._add_row(rows, sequence, budget)
+            if piece is None or sequence is not piece.sequence:
+                budget -= self._read(rows, sequence, budget, whole=not writing)
         while budget > 0 and len(self.running) < self.slots:
             following = self._next_waiting()
             if following is None or not self._admit(following):
                 break
-            budget -= self._add_row(rows, following, budget)
+            budget -= self._read(rows, following, budget, whole=not writing)
+        if piece is not None and self.underway is not None:
+            rows.append(piece)  # what stops between layers comes last
         # A sequence that lost its pages to an earlier one has no row.
         return [row for row in rows if row.sequence in self.running]
 
@@ -212,6 +225,32 @@ class Engine:
         length = self.costs.length(rows, sequence.said.share) if self.speculate else 0
         return sequence.said.find(sequence.known, min(length, room)) if length and room > 0 else []
 
+    def _read(self, rows: list[Row], sequence: Sequence, budget: float, *, whole: bool) -> float:
+        """Add as many tokens of a prompt as the budget allows, or a piece of it for as many layers; what that takes of the budget."""
+        left, layers = len(sequence.known) - sequence.cached, self.runner.layers
+        whole = whole or left == 1  # then it is about to write
+        if whole or budget >= min(left, PIECE) or layers == 1 or sequence.echoes:
+            return self._add_row(rows, sequence, math.ceil(budget))
+        tokens = min(left, PIECE, max(BLOCK, int(budget * layers) // BLOCK * BLOCK))
+        if budget <= 0 or not self._add_row(rows, sequence, tokens):
+            return 0
+        self.underway = replace(rows.pop(), layers=range(0))
+        piece = self._go_on(budget)
+        assert piece is not None
+        rows.append(piece)
+        return budget
+
+    def _go_on(self, budget: float) -> Row | None:
+        """The piece that is underway, through as many further layers as the budget allows."""
+        if self.underway is None:
+            return None
+        assert self.underway.layers is not None
+        start, layers = self.underway.layers.stop, self.runner.layers
+        count = max(1, int(budget * layers / len(self.underway.tokens)))
+        stop = min(layers, start + count)
+        wanted = self.underway.wanted if stop == layers else 0
+        return replace(self.underway, layers=range(start, stop), wanted=wanted)
+
     def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: SequenceOf[int] = ()) -> int:
         """Add a row of at most `budget` tokens and the draft; how many it reads: none where no page is left for it."""
         if sequence not in self.running or budget <= 0:
@@ -246,6 +285,8 @@ class Engine:
         self.waiting.append(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
+        if self.underway is not None and self.underway.sequence is sequence:
+            self.underway = None
         self.pool.release(sequence.pages)
         sequence.pages, sequence.keys, sequence.cached = [], [], 0
 
@@ -263,11 +304,14 @@ class Engine:
         logits = self.runner.run(rows)
         seconds = time.perf_counter() - began
         writing = sum(len(row.tokens) for row in rows if row.sequence.writing)
-        reading = sum(len(row.tokens) for row in rows if not row.sequence.writing)
+        reading = sum(self._share(row) * len(row.tokens) for row in rows if not row.sequence.writing)
         self.pace.saw(writing, reading, seconds)
         if not reading:
             self.costs.saw(writing, seconds)
         return logits
+
+    def _share(self, row: Row) -> float:
+        return 1 if row.layers is None else len(row.layers) / self.runner.layers
 
     # ---- commit
 
@@ -276,6 +320,11 @@ class Engine:
         ready: list[tuple[Row, Tensor]] = []
         for row, logits_WV in zip(rows, logits, strict=True):
             sequence = row.sequence
+            if row.layers is not None:
+                between = row.layers.stop < self.runner.layers
+                self.underway = replace(self.underway, layers=row.layers) if between and self.underway else None
+                if between:
+                    continue
             if sequence.echoes:
                 self._echo(row, logits_WV)
             if row.completes:
@@ -374,26 +423,33 @@ class Engine:
 class Pace:
     """How long steps take here, from those seen: so that a prompt is let in without holding up those who write."""
 
-    LEAST, BLOCK, UNKNOWN = 2, 8, 16  # prompt tokens a step; within a block of rows the weights are read once
+    UNKNOWN = 16.0  # prompt tokens a step
     SLOWER = 0.7  # how much longer a step of writing may take for a prompt's sake
+    LOOK = 16  # after so many steps one reads nothing: what writing takes grows with the texts
 
     def __init__(self) -> None:
         self.step_seconds = self.token_seconds = 0.0
+        self.mixed = 0
 
-    def saw(self, writing: int, reading: int, seconds: float) -> None:
+    def saw(self, writing: int, reading: float, seconds: float) -> None:
+        """After a step of `writing` rows and `reading` prompt tokens; of a token that went through some layers, its share."""
         if not reading:
-            self.step_seconds = _blend(self.step_seconds, seconds)
+            # What is blamed on writing is never blamed on the prompt: the newest figure counts most.
+            self.step_seconds, self.mixed = _blend(self.step_seconds, seconds, 0.5), 0
         else:
+            self.mixed += 1
             rest = seconds - (self.step_seconds if writing else 0.0)
-            self.token_seconds = _blend(self.token_seconds, max(rest / reading, seconds / (writing + reading) / 4))
+            least = seconds / (writing + reading) / 4
+            self.token_seconds = _blend(self.token_seconds, max(rest / reading, least), 0.2)
 
-    def prompt_tokens(self) -> int:
+    def prompt_tokens(self) -> float:
         """How many a step may read beside those who write."""
         if not self.step_seconds or not self.token_seconds:
             return self.UNKNOWN
-        tokens = int(self.SLOWER * self.step_seconds / self.token_seconds)
-        return max(self.LEAST, tokens if tokens < self.BLOCK else tokens // self.BLOCK * self.BLOCK)
+        if self.mixed >= self.LOOK:
+            return 0.0
+        return self.SLOWER * self.step_seconds / self.token_seconds
 
 
-def _blend(before: float, new: float) -> float:
-    return new if not before else 0.8 * before + 0.2 * new
+def _blend(before: float, new: float, weight: float) -> float:
+    return new if not before else (1 - weight) * before + weight * new

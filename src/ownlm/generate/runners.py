@@ -21,12 +21,13 @@ from ownlm.models.rotary import is_long
 class Runner(Protocol):
     """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
     more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
-    is cut."""
+    is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere."""
 
     pages: int
     page_tokens: int
     prefill_tokens: int
     exact: bool
+    layers: int
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
@@ -37,6 +38,7 @@ class TorchRunner:
     """The modules themselves, with a cache of slots: a page is a slot, as long as the context."""
 
     exact = False
+    layers = 1
     prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
 
     def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
@@ -97,6 +99,7 @@ class NativeRunner:
 
     def __init__(self, native: NativeDecoder, model: Decoder, *, pages: int) -> None:
         self.native, self.model, self.pages = native, model, pages
+        self.layers = model.config.num_layers
         self.cache = native.cache(pages)
         self.rotaries = {layer.rotary for layer in model.config.layers if layer.rotary is not None}
 
@@ -109,6 +112,7 @@ class NativeRunner:
         starts = np.repeat([row.sequence.cached for row in rows], lengths)
         within = np.concatenate([np.arange(length) for length in lengths])
         wanted = within >= np.repeat([len(row.tokens) - row.wanted for row in rows], lengths)
+        partial = rows[-1].layers
         batch = Batch(
             token_R=np.fromiter((token for row in rows for token in row.tokens), np.int32, sum(lengths)),
             sequence_R=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
@@ -117,6 +121,8 @@ class NativeRunner:
             long_R=np.repeat([self._is_long(row) for row in rows], lengths).astype(np.int32),
             pages_SP=pages,
             embeds_RD=self._embeds(rows),
+            partial=0 if partial is None else lengths[-1],
+            layers=partial or range(0),
         )
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None

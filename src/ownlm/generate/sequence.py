@@ -103,12 +103,13 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one sequence to run now; the first stands at position `sequence.cached`. The logits of the last `wanted` are
-    asked for. The last `drafted` of them are guesses of what comes next."""
+    asked for. The last `drafted` of them are guesses of what comes next. `layers`: those they go through in this step; None: all."""
 
     sequence: Sequence
     tokens: list[int]
     wanted: int
     drafted: int = 0
+    layers: range | None = None
 
     @property
     def known(self) -> int:

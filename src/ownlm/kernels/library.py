@@ -37,8 +37,7 @@ class Rows(ctypes.Structure):
     """Mirrors `Rows` of cpu/model.h."""
 
     _fields_ = (
-        ("count", INT),
-        ("pages_of_each", INT),
+        *((name, INT) for name in "count pages_of_each partial from_layer to_layer".split()),
         *((name, POINTER) for name in "token sequence position wanted is_long embeds pages logits hidden".split()),
     )
 

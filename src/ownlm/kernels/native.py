@@ -69,7 +69,9 @@ def unsupported(model: nn.Module) -> str | None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rows of one step, int32 each: `pages_SP` are the page numbers of each sequence, `wanted_R` marks the rows whose logits are
-    asked for, `long_R` those whose text is beyond the original context of a LongRope; `embeds_RD` stands in for embeddings."""
+    asked for, `long_R` those whose text is beyond the original context of a LongRope; `embeds_RD` stands in for embeddings.
+    The last `partial` rows go through `layers` only: those that begin after the first layer go on from where the step before
+    left them. None of them may be wanted before the last layer."""
 
     token_R: NDArray[np.int32]
     sequence_R: NDArray[np.int32]
@@ -78,6 +80,8 @@ class Batch:
     long_R: NDArray[np.int32]
     pages_SP: NDArray[np.int32]
     embeds_RD: NDArray[np.float32] | None = None
+    partial: int = 0
+    layers: range = range(0)
 
 
 class NativeDecoder:
@@ -145,6 +149,9 @@ class NativeDecoder:
         rows = lib.Rows(
             len(batch.token_R),
             batch.pages_SP.shape[1],
+            batch.partial,
+            batch.layers.start,
+            batch.layers.stop,
             *(array.ctypes.data for array in arrays),
             None if batch.embeds_RD is None else batch.embeds_RD.ctypes.data,
             batch.pages_SP.ctypes.data,

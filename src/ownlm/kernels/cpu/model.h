@@ -68,6 +68,7 @@ struct Layer {
 
 struct Rows {
     int32_t count, pages_of_each;
+    int32_t partial, from_layer, to_layer;  // the last `partial` rows go through layers [from_layer, to_layer) only
     const int32_t *token, *sequence, *position, *wanted, *is_long;
     const float* embeds;  // (count, D) in place of embeddings, or none
     const int32_t* pages; // (sequences, pages_of_each)
@@ -100,6 +101,7 @@ struct Cache {
     const bool bf16;
     const size_t head_stride, page_stride, layer_stride;
     Memory keys, values;
+    Buffer held;  // the states of partial rows between two steps
 };
 
 struct Model {

@@ -1,5 +1,7 @@
 // One step of a decoder: rows of (token, sequence, position) in, logits of the wanted rows out. Prefill, decoding and any
-// mixture of both are the same call. Every thread of the team runs `Step::run`; the loops of Member meet at barriers.
+// mixture of both are the same call. The last rows may go through some of the layers only, and through the next ones in a later
+// step: so a long prompt takes a little of every step, however long it is (layered prefill, arXiv:2510.08055).
+// Every thread of the team runs `Step::run`; the loops of Member meet at barriers.
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -23,16 +25,25 @@ struct Run {
     int first, count;
 };
 
+// The rows that go through a layer, and how many runs they make.
+struct Part {
+    int rows, runs;
+};
+
 class Step {
   public:
     Step(Model& model, Cache& cache, const Rows& rows) : m(model), cache(cache), kernels(*model.kernels), rows(rows), T(rows.count), D(model.spec.hidden) {
+        whole = {T - rows.partial, 0};
         for (int r = 0; r < T; r++) {
             if (rows.wanted[r]) wanted.push_back(r);
-            const bool goes_on = !runs.empty() && r > 0 && rows.sequence[r] == rows.sequence[r - 1] &&
+            if (r == whole.rows) whole.runs = int(runs.size());
+            const bool goes_on = !runs.empty() && r > 0 && r != whole.rows && rows.sequence[r] == rows.sequence[r - 1] &&
                                  rows.position[r] == rows.position[r - 1] + 1 && runs.back().count < QUERIES;
             if (goes_on) runs.back().count++;
             else runs.push_back({r, 1});
         }
+        all = {T, int(runs.size())};
+        if (!rows.partial) whole = all;
         int widest_qkv = 0, widest_a = 0, widest_up = 0, widest_inner = 0;
         for (auto& layer : m.layers) {
             widest_qkv = std::max(widest_qkv, layer.qkv.padded());
@@ -47,7 +58,11 @@ class Step {
 
     void run(Member member) {
         begin(member);
-        for (size_t l = 0; l < m.layers.size(); l++) layer(member, m.layers[l], l);
+        for (int l = 0; l < int(m.layers.size()); l++) {
+            const Part part = l >= rows.from_layer && l < rows.to_layer ? all : whole;
+            if (part.rows) layer(member, m.layers[l], l, part);
+        }
+        if (rows.partial && rows.to_layer < int(m.layers.size())) keep(member);
         finish(member);
     }
 
@@ -58,6 +73,7 @@ class Step {
     const Rows& rows;
     const int T, D;
     std::vector<Run> runs;
+    Part all, whole;  // whole: those that go through all layers
     std::vector<int> wanted;
     // Of the mixture of experts: who goes where, and how much of the answer counts.
     std::vector<int> chosen;
@@ -68,6 +84,10 @@ class Step {
         member.split(T, [&](int r0, int r1) {
             for (int r = r0; r < r1; r++) {
                 float* x = m.x.row(r);
+                if (r >= whole.rows && rows.from_layer > 0) {
+                    std::memcpy(x, cache.held.row(r - whole.rows), D * sizeof(float));
+                    continue;
+                }
                 if (rows.embeds) {
                     std::memcpy(x, rows.embeds + size_t(r) * D, D * sizeof(float));
                 } else {
@@ -81,25 +101,33 @@ class Step {
         });
     }
 
-    void layer(Member& member, Layer& layer, size_t index) {
+    // The states of rows that go on from here in a later step.
+    void keep(Member& member) {
+        member.once([&] { cache.held.shape(rows.partial, D); });
+        member.split(rows.partial, [&](int r0, int r1) {
+            for (int r = r0; r < r1; r++) std::memcpy(cache.held.row(r), m.x.row(whole.rows + r), D * sizeof(float));
+        });
+    }
+
+    void layer(Member& member, Layer& layer, size_t index, Part part) {
         const LayerSpec& spec = layer.spec;
-        prepared(member, layer.input, layer.qkv.kind, m.first_in);
-        if (spec.residual == PARALLEL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, m.second_in);
+        prepared(member, layer.input, layer.qkv.kind, part.rows, m.first_in);
+        if (spec.residual == PARALLEL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, part.rows, m.second_in);
         const bool after = layer.attention_out.weight != nullptr;
-        attention(member, layer, index, after);
-        if (after) rejoin(member, layer.attention_out, spec.norms);
+        attention(member, layer, index, part, after);
+        if (after) rejoin(member, layer.attention_out, spec.norms, part.rows);
         // The experts read the normed states once more, so the router's input and theirs are made in `mixture`.
         Prepared& in = spec.residual == PARALLEL ? m.second_in : m.first_in;
-        if (spec.residual == SEQUENTIAL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, m.first_in);
+        if (spec.residual == SEQUENTIAL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, part.rows, m.first_in);
         const bool mlp_after = layer.mlp_out.weight != nullptr;
-        if (spec.experts) mixture(member, layer, mlp_after);
-        else feed_forward(member, layer.spec, layer.mlp[0], in, T, mlp_after ? m.y : m.x, !mlp_after);
-        if (mlp_after) rejoin(member, layer.mlp_out, spec.norms);
+        if (spec.experts) mixture(member, layer, part.rows, mlp_after);
+        else feed_forward(member, layer.spec, layer.mlp[0], in, part.rows, mlp_after ? m.y : m.x, !mlp_after);
+        if (mlp_after) rejoin(member, layer.mlp_out, spec.norms, part.rows);
     }
 
     // x += norm(y), or x = norm(x + y).
-    void rejoin(Member& member, const Norm& norm, int32_t norms) {
-        member.split(T, [&](int r0, int r1) {
+    void rejoin(Member& member, const Norm& norm, int32_t norms, int count) {
+        member.split(count, [&](int r0, int r1) {
             for (int r = r0; r < r1; r++) {
                 float *x = m.x.row(r), *y = m.y.row(r);
                 if (norms == AFTER) {
@@ -114,9 +142,9 @@ class Step {
     }
 
     // The normed rows of x, as `h` and ready for a matrix of `kind`.
-    void prepared(Member& member, const Norm& norm, Kind kind, Prepared& to) {
-        member.once([&] { to.shape(kind, T, D); });
-        member.split(T, [&](int r0, int r1) {
+    void prepared(Member& member, const Norm& norm, Kind kind, int count, Prepared& to) {
+        member.once([&] { to.shape(kind, count, D); });
+        member.split(count, [&](int r0, int r1) {
             for (int r = r0; r < r1; r++) {
                 if (norm.weight) kernels.norm(norm, m.x.row(r), D, m.h.row(r));
                 else std::memcpy(m.h.row(r), m.x.row(r), D * sizeof(float));
@@ -131,18 +159,18 @@ class Step {
         member.share(tiles, piece, [&](int t0, int t1) { kernels.matmul(w, in, count, y, stride, add, t0, t1); });
     }
 
-    void attention(Member& member, Layer& layer, size_t index, bool after) {
+    void attention(Member& member, Layer& layer, size_t index, Part part, bool after) {
         const LayerSpec& spec = layer.spec;
         const int d = m.spec.heads_d, H = spec.heads, K = spec.kv_heads;
-        product(member, layer.qkv, m.first_in.in, T, m.qkv.row(0), m.qkv.stride, false);
+        product(member, layer.qkv, m.first_in.in, part.rows, m.qkv.row(0), m.qkv.stride, false);
         const Pages pages = cache.layer(index);
-        member.split(T * (H + K), [&](int from, int to) {
+        member.split(part.rows * (H + K), [&](int from, int to) {
             for (int i = from; i < to; i++) place(layer, pages, i / (H + K), i % (H + K));
         });
         // One key head and its queries are a piece of work; where there are fewer pieces than threads, fewer queries.
-        const int group = H / K, parts = pieces(int(runs.size()) * K, group, member.threads());
+        const int group = H / K, parts = pieces(part.runs * K, group, member.threads());
         const Heads heads{H, K, d, spec.scale, spec.softcap, spec.window, layer.sinks};
-        member.share(int(runs.size()) * K * parts, 1, [&](int begin, int end) {
+        member.share(part.runs * K * parts, 1, [&](int begin, int end) {
             for (int i = begin; i < end; i++) {
                 const Run run = runs[i / (K * parts)];
                 const int kv_head = i / parts % K, head = kv_head * group + i % parts * (group / parts);
@@ -152,13 +180,13 @@ class Step {
                 kernels.attend(heads, pages, kv_head, query, m.scratch[member.id]);
             }
         });
-        member.once([&] { m.inner_in.shape(layer.o.kind, T, layer.o.k); });
+        member.once([&] { m.inner_in.shape(layer.o.kind, part.rows, layer.o.k); });
         const int groups = m.inner_in.in.groups;
-        member.split(T * groups, [&](int begin, int end) { each_row(begin, end, groups, [&](int r, int g0, int g1) {
+        member.split(part.rows * groups, [&](int begin, int end) { each_row(begin, end, groups, [&](int r, int g0, int g1) {
             kernels.prepare(layer.o.kind, m.a.row(r), r, g0, g1, m.inner_in.in);
         }); });
         Buffer& to = after ? m.y : m.x;
-        product(member, layer.o, m.inner_in.in, T, to.row(0), to.stride, !after);
+        product(member, layer.o, m.inner_in.in, part.rows, to.row(0), to.stride, !after);
     }
 
     static int pieces(int items, int group, int threads) {
@@ -215,7 +243,7 @@ class Step {
     }
 
     // Every row goes through the experts its router likes best (arXiv:2401.04088), which are computed one after the other.
-    void mixture(Member& member, Layer& layer, bool after) {
+    void mixture(Member& member, Layer& layer, int T, bool after) {
         const LayerSpec& spec = layer.spec;
         const int E = spec.experts, top = spec.per_token;
         member.once([&] {
