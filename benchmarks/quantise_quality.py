@@ -98,9 +98,11 @@ def by_kernels(model: Decoder, kind: str | None = None) -> Read:
 
 
 @torch.inference_mode()
-def nats(read: Read, rows_NT: Tensor) -> float:
-    found = [read(tokens_T)[:-1].log_softmax(-1).gather(1, tokens_T[1:, None]).mean() for tokens_T in rows_NT]
-    return -float(torch.stack(found).mean())
+def logprobs(read: Read, rows_NT: Tensor) -> Tensor:
+    """(N, T - 1) of each next token."""
+    return torch.stack(
+        [read(tokens_T)[:-1].log_softmax(-1).gather(1, tokens_T[1:, None])[:, 0] for tokens_T in rows_NT]
+    )
 
 
 @torch.inference_mode()
@@ -112,6 +114,10 @@ def apart(read: Read, original: Read, rows_NT: Tensor) -> tuple[float, float]:
         kl.append((p_TV.exp() * (p_TV - q_TV)).sum(-1).mean())
         same.append((p_TV.argmax(-1) == q_TV.argmax(-1)).float().mean())
     return float(torch.stack(kl).mean()), float(torch.stack(same).mean())
+
+
+def told(difference: Tensor) -> str:
+    return f"mean |Δ| {difference.abs().mean():.4f}, largest {difference.abs().max():.2f}"
 
 
 def main() -> int:
@@ -133,9 +139,14 @@ def main() -> int:
         calibration = rows(read(texts, width, chat=chat, held_out=False), tokenizer, width, recipe.tokens, recipe.seed)
     assert held_out is not None and calibration is not None  # noqa: PT018
     original = by_kernels(model, "bf16")
-    exact, bf16 = nats(in_pytorch(model), held_out), nats(original, held_out)
+    forward, engine = logprobs(in_pytorch(model), held_out), logprobs(original, held_out)
+    exact, bf16 = -float(forward.mean()), -float(engine.mean())
     print(f"{source.ref}: {held_out.numel():,} tokens held out, {calibration.numel():,} of calibration")
     print(f"float32, PyTorch: {exact:.5f} nats per token, perplexity {math.exp(exact):.4f}; bf16, kernels: {bf16:.5f}")
+    f32 = (logprobs(by_kernels(model, "f32"), held_out[:16]) - forward[:16]).abs().max()
+    print(
+        f"log-probabilities, kernels against PyTorch's float32 forward: float32 at most {f32:.1e}, bf16 {told(engine - forward)}"
+    )
     print("perplexity against float32 in PyTorch, and against bf16 by the kernels; KL and top-1 of the latter:")
     made: dict[str, Callable[[Decoder], None]] = {
         "int8, rounded": lambda one: quantize_decoder(one, "int8"),
@@ -151,12 +162,13 @@ def main() -> int:
         make(one)
         seconds = time.monotonic() - began
         kernels = by_kernels(one)
-        weights, whole = math.expm1(nats(in_pytorch(one), held_out) - exact), nats(kernels, held_out) - bf16
-        rises[name] = math.expm1(whole)
+        ours = logprobs(kernels, held_out)
+        weights = math.expm1(-float(logprobs(in_pytorch(one), held_out).mean()) - exact)
+        rises[name] = math.expm1(-float(ours.mean()) - bf16)
         kl, same = apart(kernels, original, held_out)
         print(
             f"  {name:18s} weights only {weights:+8.3%}   kernels {rises[name]:+8.3%}   KL {kl:.5f}   "
-            f"top-1 {same:.2%}   made in {seconds:.0f} s",
+            f"top-1 {same:.2%}   log p {told(ours - forward)}   made in {seconds:.0f} s",
             flush=True,
         )
     met = (
