@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ownlm.generate.sequence import Row
-from ownlm.kernels.native import PAGE, Batch, NativeDecoder
+from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
@@ -97,10 +97,10 @@ class NativeRunner:
     page_tokens = PAGE
     prefill_tokens = 512
 
-    def __init__(self, native: NativeDecoder, model: Decoder, *, pages: int) -> None:
+    def __init__(self, native: NativeDecoder, model: Decoder, *, pages: int, kv: KV | None = None) -> None:
         self.native, self.model, self.pages = native, model, pages
         self.layers = model.config.num_layers
-        self.cache = native.cache(pages)
+        self.cache = native.cache(pages, kv)
         self.rotaries = {layer.rotary for layer in model.config.layers if layer.rotary is not None}
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:

@@ -17,7 +17,7 @@ INT, FLOAT, LONG, POINTER = ctypes.c_int32, ctypes.c_float, ctypes.c_int64, ctyp
 class ModelSpec(ctypes.Structure):
     """Mirrors `ModelSpec` of cpu/model.h."""
 
-    _fields_ = tuple((name, INT) for name in "hidden layers heads_d rotaries kv_heads kv_bf16".split()) + tuple(
+    _fields_ = tuple((name, INT) for name in "hidden layers heads_d rotaries kv_heads".split()) + tuple(
         (name, FLOAT) for name in "embed_scale logit_scale logit_softcap".split()
     )
 
@@ -54,7 +54,7 @@ FUNCTIONS = {
     "ownlm_pack": (None, (POINTER, INT, INT, INT, INT, INT, INT, POINTER, POINTER)),
     "ownlm_tie": (None, (POINTER,)),
     "ownlm_bytes": (LONG, (POINTER,)),
-    "ownlm_cache_new": (POINTER, (POINTER, INT)),
+    "ownlm_cache_new": (POINTER, (POINTER, INT, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
     "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),

@@ -4,7 +4,8 @@
 
 Every `DecoderConfig` runs: what a layer is, is told to the C++ by the same frozen data that builds the PyTorch modules. Weights are
 float32, bf16, or int8 and int4 in groups of 32 inputs; activations meet integers as int8 with a scale per group. Norms, softmax and
-sums are float32; keys and values are kept in bf16, in float32 for float32 weights.
+sums are float32. Keys and values are kept in bf16, in float32 for float32 weights, or as asked: int8 has a scale for each position and
+head, half the memory of bf16.
 
 Shapes: R rows, W wanted rows, V vocabulary, D hidden size, S sequences.
 """
@@ -31,6 +32,7 @@ from ownlm.models.specs import LongRope, Rotary
 
 Kind = Literal["f32", "bf16", "int8", "int4"]
 KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
+KV = Literal["f32", "bf16", "int8"]  # of keys and values
 PAGE = 32  # positions
 GROUP = 32  # inputs that share a scale
 LANES = 16  # heads are padded to a multiple of it
@@ -128,14 +130,19 @@ class NativeDecoder:
         """What the packed weights take."""
         return int(self._lib.ownlm_bytes(self._handle))
 
-    def cache(self, pages: int) -> "PagedCache":
+    def cache(self, pages: int, kv: KV | None = None) -> "PagedCache":
         """Room for `pages` pages of PAGE positions; what is never written takes no memory."""
-        return PagedCache(self, pages)
+        return PagedCache(self, pages, kv or self.default_kv)
 
-    def page_bytes(self) -> int:
+    @property
+    def default_kv(self) -> KV:
+        return "f32" if self.kind == "f32" else "bf16"
+
+    def page_bytes(self, kv: KV | None = None) -> int:
         """Keys and values of one page, all layers."""
         kv_heads, _ = self.config.kv_shape
-        return 2 * self.config.num_layers * kv_heads * self.padded_head * PAGE * (4 if self.kind == "f32" else 2)
+        of_a_position = {"f32": 4 * self.padded_head, "bf16": 2 * self.padded_head, "int8": self.padded_head + 2}
+        return 2 * self.config.num_layers * kv_heads * PAGE * of_a_position[kv or self.default_kv]
 
     def step(
         self, cache: "PagedCache", batch: Batch, *, logits: bool = True, hidden: bool = False
@@ -317,9 +324,9 @@ class NativeDecoder:
 class PagedCache:
     """Keys and values of a NativeDecoder, in pages."""
 
-    def __init__(self, decoder: NativeDecoder, pages: int) -> None:
-        self.decoder, self.pages = decoder, pages
-        self.handle = ctypes.c_void_p(decoder._lib.ownlm_cache_new(decoder._handle, pages))
+    def __init__(self, decoder: NativeDecoder, pages: int, kv: KV) -> None:
+        self.decoder, self.pages, self.kv = decoder, pages, kv
+        self.handle = ctypes.c_void_p(decoder._lib.ownlm_cache_new(decoder._handle, KINDS[kv], pages))
         if not self.handle:
             raise _no_memory()
 
@@ -374,7 +381,6 @@ def _model_spec(config: DecoderConfig, rotaries: int, padded_head: int, bf16: bo
         padded_head,
         rotaries,
         kv_heads,
-        bf16,
         scale,
         config.logit_scale,
         config.logit_softcap or 0.0,
@@ -392,7 +398,7 @@ def _no_memory() -> UserError:
     )
 
 
-def text_logits(native: NativeDecoder, tokens_T: Tensor) -> Tensor:
+def text_logits(native: NativeDecoder, tokens_T: Tensor, kv: KV | None = None) -> Tensor:
     """(T, V) of a whole text, from its beginning."""
     count = len(tokens_T)
     pages = -(-count // PAGE)
@@ -406,6 +412,6 @@ def text_logits(native: NativeDecoder, tokens_T: Tensor) -> Tensor:
         long_R=ones * long,
         pages_SP=np.arange(pages, dtype=np.int32)[None],
     )
-    logits_TV, _ = native.step(native.cache(pages), batch)
+    logits_TV, _ = native.step(native.cache(pages, kv), batch)
     assert logits_TV is not None
     return logits_TV

@@ -165,8 +165,8 @@ void ownlm_tie(void* handle) { ((Handle*)handle)->model.tied = true; }
 
 int64_t ownlm_bytes(void* handle) { return int64_t(((Handle*)handle)->model.bytes()); }
 
-void* ownlm_cache_new(void* handle, int pages) try {
-    return new Cache(((Handle*)handle)->model.spec, pages);
+void* ownlm_cache_new(void* handle, int kind, int pages) try {
+    return new Cache(((Handle*)handle)->model.spec, Kind(kind), pages);
 } catch (const std::bad_alloc&) {
     return nullptr;
 }

@@ -33,7 +33,7 @@ struct Heads {
 struct Pages {
     const void *keys = nullptr, *values = nullptr;
     size_t page_stride = 0, head_stride = 0;
-    bool bf16 = true;
+    Kind kind = BF16;  // F32, BF16 or INT8
 };
 
 // Rows [first, first + count) of one sequence at successive positions, asking with heads [head, head + group) of one key head.
@@ -45,8 +45,15 @@ struct Query {
     const int32_t* pages = nullptr;  // the sequence's page numbers
 };
 
+// What codes are worth: code * scale; `zero` as in Input.
+struct Codes {
+    float scale = 0;
+    int32_t zero = 0;
+};
+
 struct Scratch {
     std::vector<float> queries, out, most, total;
+    std::vector<Codes> codes;  // of queries in int8
 };
 
 struct Kernels {

@@ -13,10 +13,12 @@
 //
 // Cache. A page holds PAGE positions of one sequence for all layers and heads: floats stand as keys (d, PAGE), so that one
 // query meets 16 positions at a time, and values (PAGE, d); bf16 in the pairs that its products read: keys (d / 2, PAGE, 2),
-// values (PAGE / 2, d, 2).
+// values (PAGE / 2, d, 2); int8 in fours, as byte - 128: keys (d / 4, PAGE, 4), values (PAGE / 4, d, 4), and behind each of them
+// the scales (half precision) of the PAGE positions.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace ownlm {
 
@@ -35,8 +37,19 @@ constexpr size_t group_bytes(Kind kind) {
     }
 }
 
+// Of a head's keys (or values) in a page, in elements and in bytes of each.
+constexpr size_t head_elements(Kind kind, int d) { return size_t(d) * PAGE + (kind == INT8 ? 2 * PAGE : 0); }
+constexpr size_t element_bytes(Kind kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
+
 // Bytes of one group of a block of activations, without scales.
-constexpr size_t input_bytes(Kind kind) { return size_t(BLOCK) * GROUP * (kind == F32 ? 4 : kind == BF16 ? 2 : 1); }
+constexpr size_t input_bytes(Kind kind) { return size_t(BLOCK) * GROUP * element_bytes(kind); }
+
+static inline uint16_t to_half(float x) {  // static: each instruction set its own
+    const _Float16 h = _Float16(x);
+    uint16_t bits;
+    std::memcpy(&bits, &h, 2);
+    return bits;
+}
 
 struct Matrix {
     uint8_t* tiles = nullptr;

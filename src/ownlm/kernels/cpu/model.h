@@ -31,7 +31,7 @@ enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL, SHARED };
 
 // The C structs of the interface: 4-byte fields only, mirrored in native.py.
 struct ModelSpec {
-    int32_t hidden, layers, heads_d, rotaries, kv_heads, kv_bf16;
+    int32_t hidden, layers, heads_d, rotaries, kv_heads;
     float embed_scale, logit_scale, logit_softcap;
 };
 
@@ -96,9 +96,9 @@ struct Prepared {
 
 // The keys and values of `pages` pages; strides in elements. Memory that was never written takes none.
 struct Cache {
-    Cache(const ModelSpec& spec, int pages);
+    Cache(const ModelSpec& spec, Kind kind, int pages);
     Pages layer(size_t index) const;
-    const bool bf16;
+    const Kind kind;
     const size_t head_stride, page_stride, layer_stride;
     Memory keys, values;
     Buffer held;  // the states of partial rows between two steps

@@ -52,13 +52,6 @@ void allocate(Packed& matrix, Kind kind, int n, int k) {
 
 namespace {
 
-uint16_t to_half(float x) {
-    _Float16 h = _Float16(x);
-    uint16_t bits;
-    std::memcpy(&bits, &h, 2);
-    return bits;
-}
-
 float from_half(uint16_t bits) {
     _Float16 h;
     std::memcpy(&h, &bits, 2);

@@ -328,13 +328,13 @@ class Step {
 
 }  // namespace
 
-Cache::Cache(const ModelSpec& spec, int pages)
-    : bf16(spec.kv_bf16 != 0), head_stride(size_t(spec.heads_d) * PAGE), page_stride(head_stride * spec.kv_heads),
-      layer_stride(page_stride * pages), keys(layer_stride * spec.layers * (bf16 ? 2 : 4)), values(keys.bytes()) {}
+Cache::Cache(const ModelSpec& spec, Kind kind, int pages)
+    : kind(kind), head_stride(head_elements(kind, spec.heads_d)), page_stride(head_stride * spec.kv_heads),
+      layer_stride(page_stride * pages), keys(layer_stride * spec.layers * element_bytes(kind)), values(keys.bytes()) {}
 
 Pages Cache::layer(size_t index) const {
-    const size_t base = index * layer_stride * (bf16 ? 2 : 4);
-    return {keys.data() + base, values.data() + base, page_stride, head_stride, bf16};
+    const size_t base = index * layer_stride * element_bytes(kind);
+    return {keys.data() + base, values.data() + base, page_stride, head_stride, kind};
 }
 
 void Model::step(Cache& cache, const Rows& rows) {
