@@ -28,10 +28,11 @@ from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.drafts import Costs
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
-from ownlm.generate.runners import Runner, TorchRunner
+from ownlm.generate.runners import Runner
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.text import StopText
+from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 from ownlm.tokens.codec import Tokenizer
@@ -63,7 +64,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
-        self.runner = runner or TorchRunner(model, slots=slots, context=self.context)
+        self.runner = runner or torch_runner(model, slots=slots, context=self.context)
         self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
         self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
         assert self.pool.count * self.pool.size >= self.context, "a single answer must fit"

@@ -10,7 +10,6 @@ and `embed`, and `logits` where there is a masked-LM head. What doesn't go from 
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
-import math
 import sys
 import threading
 from collections import deque
@@ -29,11 +28,12 @@ from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.engine import Engine
 from ownlm.generate.reading import Entity, Found, Headed
-from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
+from ownlm.generate.torch_runner import torch_runner
 from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.kernels import native
 from ownlm.models.decoder import Decoder
@@ -195,10 +195,7 @@ class Model:
             least = -(-self.context // native.PAGE)
             pages = max(least, min(slots * least, room // self._native.page_bytes()))
             return NativeRunner(self._native, decoder, pages=pages)
-        config, itemsize = decoder.config, decoder.dtype.itemsize
-        slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
-        slots = max(1, min(slots, room // slot_bytes))
-        return TorchRunner(decoder, slots=slots, context=self.context)
+        return torch_runner(decoder, slots=slots, context=self.context, room=room)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""

@@ -1,10 +1,10 @@
-"""How rows become logits: on the native kernels, or on the PyTorch modules wherever those can't run.
+"""How rows become logits: on the native kernels; on the PyTorch modules wherever those can't run (torch_runner.py).
 
 A runner keeps the cache. The engine tells it which pages belong to which row and never looks inside.
 Shapes: W wanted tokens of a row, V vocabulary, B rows, T tokens, D hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ownlm.generate.sequence import Row
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
-from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 
@@ -32,62 +31,6 @@ class Runner(Protocol):
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
         ...
-
-
-class TorchRunner:
-    """The modules themselves, with a cache of slots: a page is a slot, as long as the context."""
-
-    exact = False
-    layers = 1
-    prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
-
-    def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
-        self.model, self.device = model, model.device
-        self.pages, self.page_tokens = slots, context
-        self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=model.dtype, device=model.device)
-
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
-        states: dict[int, Tensor] = {}
-        for chosen in self._batches(rows):
-            hidden_BTD = self._forward([rows[index] for index in chosen])
-            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
-                count = len(rows[index].tokens)
-                states[index] = hidden_TD[count - rows[index].wanted : count]
-        # One product for all that is wanted.
-        hidden_WD = torch.cat([states[index] for index in range(len(rows))])
-        logits_WV = self.model.logits(hidden_WD).float()
-        return list(torch.split(logits_WV, [row.wanted for row in rows]))
-
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
-        while order:
-            widest = len(rows[order[-1]].tokens)
-            least = 1 if widest == 1 else 2  # those who write apart from those who read
-            fits = [
-                index for index in order[-max(1, self.prefill_tokens // widest) :] if len(rows[index].tokens) >= least
-            ]
-            order = order[: len(order) - len(fits)]
-            yield sorted(fits, key=lambda index: rows[index].sequence.pages)
-
-    def _forward(self, rows: Sequence[Row]) -> Tensor:
-        width = max(len(row.tokens) for row in rows)
-        padding = [width - len(row.tokens) for row in rows]
-        tokens = [row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)]
-        # Position -1 is padding: the cache doesn't keep it and nobody sees it.
-        positions = [
-            [*range(row.sequence.cached, row.sequence.cached + len(row.tokens)), *[-1] * pad]
-            for row, pad in zip(rows, padding, strict=True)
-        ]
-        tokens_BT = torch.tensor(tokens, device=self.device)
-        hidden_BTD: Tensor = self.model(
-            tokens_BT,
-            positions_BT=torch.tensor(positions, device=self.device),
-            cache=self.cache,
-            slots=torch.tensor([row.sequence.pages[0] for row in rows], device=self.device),
-            embeds_BTD=_embeds(self.model, rows, tokens_BT),
-        )
-        return hidden_BTD
 
 
 class NativeRunner:
@@ -137,21 +80,17 @@ class NativeRunner:
         each = []
         for row in rows:
             tokens_1T = torch.tensor([row.tokens])
-            embeds = _embeds(self.model, [row], tokens_1T)
+            embeds = embeds_of(self.model, [row.embeds_TD], tokens_1T)
             each.append((self.model.embed(tokens_1T) if embeds is None else embeds)[0].float())
         return torch.cat(each).contiguous().numpy()
 
 
-def _embeds(model: Decoder, rows: Sequence[Row], tokens_BT: Tensor) -> Tensor | None:
-    """The vectors of these tokens, where some of a prompt's come from images."""
-    given = {
-        index: row.sequence.embeds_TD[row.sequence.cached :][: len(row.tokens)]
-        for index, row in enumerate(rows)
-        if row.sequence.embeds_TD is not None and row.sequence.cached < len(row.sequence.embeds_TD)
-    }
-    if not given:
+def embeds_of(model: Decoder, given: Sequence[Tensor | None], tokens_BT: Tensor) -> Tensor | None:
+    """The vectors of these tokens, where some of a prompt's come from images: `given` for the first tokens of each row."""
+    if all(embeds_TD is None for embeds_TD in given):
         return None
     embeds_BTD = model.embed(tokens_BT).clone()
-    for index, embeds_TD in given.items():
-        embeds_BTD[index, : len(embeds_TD)] = embeds_TD
+    for index, embeds_TD in enumerate(given):
+        if embeds_TD is not None:
+            embeds_BTD[index, : len(embeds_TD)] = embeds_TD
     return embeds_BTD

@@ -117,6 +117,12 @@ class Row:
         return len(self.tokens) - self.drafted
 
     @property
+    def embeds_TD(self) -> Tensor | None:
+        """What stands in for the embedding of its first tokens, where some of a prompt's come from images."""
+        whole_TD, start = self.sequence.embeds_TD, self.sequence.cached
+        return None if whole_TD is None or start >= len(whole_TD) else whole_TD[start : start + len(self.tokens)]
+
+    @property
     def completes(self) -> bool:
         """True when the last known token's logits choose a new token."""
         return self.sequence.cached + self.known == len(self.sequence.known)

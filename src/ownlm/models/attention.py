@@ -143,9 +143,18 @@ def attend(
             y_BTHd: Tensor = TiledAttention.apply(q_BHTd, k_BKSd, v_BKSd, visibility, scale)  # type: ignore[no-untyped-call]
             return y_BTHd
         return _forward(q_BHTd, k_BKSd, v_BKSd, visibility, scale)[0]
-    queries, keys = q_BHTd.shape[2], k_BKSd.shape[2]
+    return fused_attention(q_BHTd, k_BKSd, v_BKSd, visibility, scale)
+
+
+def fused_attention(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """`attend` by PyTorch's own kernels."""
+    B, H, queries, d = q_BHTd.shape
+    K, keys = k_BKSd.shape[1:3]
     triangle = visibility.hidden_BTS is None and visibility.causal and visibility.window is None and queries == keys
     hidden = None if triangle else visibility.mask(queries, keys, q_BHTd.device)
+    if queries == 1:
+        # The query heads of a key/value head become its queries: the kernels that take a mask know nothing of shared heads.
+        q_BHTd = q_BHTd.reshape(B, K, H // K, d)
     y_BHTd = F.scaled_dot_product_attention(
         q_BHTd,
         k_BKSd,
@@ -153,9 +162,9 @@ def attend(
         attn_mask=None if hidden is None else ~hidden,
         is_causal=triangle and queries > 1,
         scale=scale,
-        enable_gqa=True,
+        enable_gqa=queries > 1 and H > K,
     )
-    return y_BHTd.transpose(1, 2)
+    return y_BHTd.reshape(B, H, queries, d).transpose(1, 2)
 
 
 def plain_attention(
