@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, d head width. Parameters carr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -128,6 +128,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
             self.lm_head_bias = None
         self.rotations = Rotations(config.layers)
+        # Of a decoder that is one of several shards: called with hidden states and `_logits` (parallel.py).
+        self.around_logits: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.windows = {layer.attention.window for layer in config.layers}
 
     @property
@@ -166,6 +168,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
+        return self._logits(hidden) if self.around_logits is None else self.around_logits(hidden, self._logits)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         logits = nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownlm.errors import ArtifactError
+from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
-from ownlm.models import coded
+from ownlm.models import coded, parallel
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened, Tensors
 from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
+from ownlm.models.parallel import Shard
 from ownlm.models.pooling import read_pooling, write_pooling
 
 SHARD_BYTES = 5_000_000_000
@@ -30,17 +31,27 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_model(
-    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", codes: bool = False
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    codes: bool = False,
+    shard: Shard | None = None,
 ) -> Any:
     """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks; of
     several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is
-    opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for.
+    opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for. With
+    `shard` a decoder is opened as that part of it (parallel.py).
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
     """
     root = Path(path)
     if root.is_dir() and coded.is_quantised(hf := read_json(root / "config.json")):
+        if shard is not None:
+            raise UserError(
+                "a quantised checkpoint can't be split.", where=str(root), cure="Split what it was made of."
+            )
         return coded.load(root, hf, _files(root), dtype=dtype, device=device, codes=codes)
     opened = open_gguf(root) if root.is_file() else _open(root)
     family, files = opened.family, opened.files
@@ -54,17 +65,27 @@ def load_model(
     types = [entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name)]
     # Of GGUF the first: norms are wider there than in the model it was made of.
     stored = types[0] if root.is_file() else reduce(torch.promote_types, types)
-    model = model.to(dtype or stored).to_empty(device=device)
+    model = model.to(dtype or stored)
+    uncut, cuts = dict(model.named_parameters()), dict[str, parallel.Cut]()
+    if shard is not None:
+        parallel.check(model, shard.size, where=str(root))
+        model, cuts = parallel.shard_of(model, shard)
+    model = model.to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
     for name, tensor, give_back in opened.tensors():
         if (target := names.find(name)) is not None:
-            target.place(tensor, ours, give_back)
+            if shard is None:
+                target.place(tensor, ours, give_back)
+            else:
+                parallel.place(target, tensor, ours, give_back, whole=uncut, cuts=cuts, shard=shard)
         elif not names.derived(name):
             whole = tensor if isinstance(tensor, Tensor) else tensor.tensor()
             second[name] = whole.to(dtype or stored, copy=True)
     for name, tensor in second.items():
         twin = names.copy_of(name, ours)
+        if twin is not None and shard is not None:
+            tensor = cuts[twin].of(tensor, like=ours[twin])
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
             raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
     model.pooling = opened.pooling
