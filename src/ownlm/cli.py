@@ -115,7 +115,9 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
+    model = load_writer(
+        args.ref, adapter=args.adapter, workspace=_workspace(reporter), tensor_parallel=args.tensor_parallel
+    )
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -136,7 +138,10 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
+    model = load_decoder(
+        args.ref, adapter=args.adapter, workspace=_workspace(reporter), tensor_parallel=args.tensor_parallel
+    )
+    talk(model, sampling=sampling)
 
 
 def convert(args: Arguments, reporter: Reporter) -> None:
@@ -193,6 +198,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
         adapter=args.adapter,
         host=args.host,
         port=args.port,
+        tensor_parallel=args.tensor_parallel,
         api_keys=device.api_keys(),
         workspace=_workspace(reporter),
         reporter=reporter,
@@ -353,6 +359,15 @@ ADAPTER = (
     "--adapter",
     {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
 )
+TENSOR_PARALLEL = (
+    "--tensor-parallel",
+    {
+        "default": 1,
+        "type": int,
+        "metavar": "N",
+        "help": "processes to split the model over, one for each GPU (default 1)",
+    },
+)
 SAMPLING = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "max_tokens, temperature, top_p, top_k, seed, stop …"},
@@ -396,6 +411,7 @@ COMMANDS: dict[str, Command] = {
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
+            TENSOR_PARALLEL,
             (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
     ),
@@ -440,7 +456,7 @@ COMMANDS: dict[str, Command] = {
         run=summarize,
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": 'a text, its file, or "-"'}), ADAPTER),
     ),
-    "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, TENSOR_PARALLEL, SAMPLING)),
     "convert": Command(
         run=convert,
         arguments=(
@@ -500,6 +516,7 @@ COMMANDS: dict[str, Command] = {
         arguments=(
             REF,
             ADAPTER,
+            TENSOR_PARALLEL,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
         ),

@@ -10,6 +10,7 @@ from ownlm.generate.static import Bucket, Steps, bucket_pages, bucket_rows
 from ownlm.generate.torch_runner import Line, TorchRunner, torch_runner
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import position_bytes
+from ownlm.models.quantize import quantize_linears
 
 FAMILIES = ["llama3", "gemma3", "gpt2", "gpt-oss", "mixtral", "phi3-longrope"]
 
@@ -96,9 +97,12 @@ def test_lines_that_want_nothing_get_nothing() -> None:
     assert [logits.shape for logits in runner.compute(lines)] == [(0, 97), (0, 97)]
 
 
-def test_mixtures_of_experts_are_no_static_step() -> None:
+def test_what_asks_the_device_on_the_way_is_no_static_step() -> None:
     assert Steps.possible(loud_decoder("llama3"))
     assert not Steps.possible(loud_decoder("mixtral"))
+    quantised = loud_decoder("llama3")
+    quantize_linears(quantised, "int4")
+    assert not Steps.possible(quantised)
 
 
 def test_buckets_hold_what_they_are_asked_for() -> None:

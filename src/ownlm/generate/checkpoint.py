@@ -9,6 +9,7 @@ import torch
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
+from ownlm.generate.parallel import Ranks
 from ownlm.kernels import library
 from ownlm.models import peft
 from ownlm.models.adapters import merge
@@ -19,7 +20,7 @@ from ownlm.models.weights import load_model
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files; `merged` says that an adapter
-    has changed the weights."""
+    has changed the weights; of a model that is split, the module is the first part and `ranks` are the processes."""
 
     module: Any
     path: Path
@@ -27,6 +28,7 @@ class Checkpoint:
     ref: str
     digest: str
     merged: bool
+    ranks: Ranks | None = None
 
 
 def open_checkpoint(
@@ -37,6 +39,7 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     codes: bool = False,
+    tensor_parallel: int = 1,
 ) -> Checkpoint:
     """The checkpoint of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. An adapter comes
     with its base.
@@ -44,6 +47,7 @@ def open_checkpoint(
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype    of the weights; None: as they are stored (float32 after a merge)
     codes    leave a quantised one in its integers where the native kernels can run them and nothing is merged
+    tensor_parallel  processes that the model is split over
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
     path, adapters = Path(ref), [] if adapter is None else [adapter]
@@ -59,6 +63,17 @@ def open_checkpoint(
             adapters.insert(0, artifact.path)
             artifact = base_of(artifact, workspace)
         path = artifact.path
+    if tensor_parallel != 1:
+        if tensor_parallel < 1:
+            raise UserError(f"{tensor_parallel} is no number of processes.", where="tensor_parallel")
+        if adapters:
+            raise UserError(
+                "an adapter isn't merged into a split model.", where=str(ref), cure="Export the merged model first."
+            )
+        ranks = Ranks(path, tensor_parallel, dtype=dtype or torch.float32, device=torch.device(device))
+        return Checkpoint(
+            module=ranks.decoder, path=path, name=name, ref=full_ref, digest=digest, merged=False, ranks=ranks
+        )
     kept = codes and not adapters and torch.device(device).type == "cpu" and _runs_codes(path)
     module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=kept)
     for one in adapters:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Artifact, Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.engine import Engine
+from ownlm.generate.parallel import Ranks
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
@@ -55,7 +56,7 @@ Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 ROLES = ("system", "user", "assistant")
 SLOTS = 64
-CACHE_SHARE = 0.25  # of the free memory, at most
+CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the free memory, at most; a GPU has nothing else to do
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
 
 
@@ -66,25 +67,36 @@ def load(
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    tensor_parallel: int = 1,
 ) -> Loaded:
     """The model of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. A `Model`, ready to
     generate; for an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its
     base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
-    dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
+    dtype    of the weights; None: on a CPU float32, the exact choice; elsewhere what `device.compute_dtype` names, the fast one
+    tensor_parallel  processes of this machine that the model is split over, one for each GPU
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
     workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
     found = open_checkpoint(
-        ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32, codes=True
+        ref,
+        adapter=adapter,
+        workspace=workspace,
+        device=where,
+        dtype=dtype or (torch.float32 if where.type == "cpu" else machine.compute_dtype(where)),
+        codes=True,
+        tensor_parallel=tensor_parallel,
     )
     module = found.module
     if type(module) not in OPENERS:
         kind = module.hf["model_type"]
         raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
-    model: Loaded = OPENERS[type(module)](module, found.path, name=found.name, ref=found.ref, digest=found.digest)
+    about: dict[str, Any] = {"name": found.name, "ref": found.ref, "digest": found.digest}
+    if found.ranks is not None:
+        about["ranks"] = found.ranks
+    model: Loaded = OPENERS[type(module)](module, found.path, **about)
     return model
 
 
@@ -95,9 +107,10 @@ def load_writer(
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    tensor_parallel: int = 1,
 ) -> "Model | Seq2Seq":
     """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
     if not isinstance(model, Model | Seq2Seq):
         raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
     return model
@@ -110,9 +123,12 @@ def load_decoder(
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    tensor_parallel: int = 1,
 ) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load_writer(
+        ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype, tensor_parallel=tensor_parallel
+    )
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
@@ -120,15 +136,6 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
-
-
-def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
-    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
-    source = adapter.manifest.inputs["checkpoint"]
-    base = workspace.open(source["ref"], "checkpoint")
-    if base.digest != source["digest"]:
-        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
-    return base
 
 
 class Model:
@@ -144,9 +151,10 @@ class Model:
         digest: str = "",
         slots: int = SLOTS,
         sight: Sight | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`sight` reads the images of a chat."""
-        self.decoder, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
+        """`sight` reads the images of a chat; `ranks` are the processes that the decoder is split over."""
+        self.decoder, self.tokenizer, self.sight, self.ranks = decoder.eval(), tokenizer, sight, ranks
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots = slots
@@ -164,8 +172,9 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        whole = self.decoder if self.sight is None else self.sight.model
-        return count_weights(whole)
+        if self.ranks is not None:
+            return self.ranks.num_parameters
+        return count_weights(self.decoder if self.sight is None else self.sight.model)
 
     def writer(self) -> Decoder:
         """The decoder. Raises UserError where this model can only read."""
@@ -186,7 +195,10 @@ class Model:
 
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
         """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
-        room = int(machine.free_memory_bytes() * CACHE_SHARE)
+        share = GPU_CACHE_SHARE if decoder.device.type == "cuda" else CACHE_SHARE
+        room = int(machine.free_memory_bytes(decoder.device) * share)
+        if self.ranks is not None:
+            return self.ranks.runner(slots=slots, context=self.context, room=room)
         if self._native is None or self._packed != weights_state(decoder):
             self._native = None  # before another is made
             if native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:

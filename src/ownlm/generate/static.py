@@ -17,6 +17,7 @@ from torch import Tensor
 from ownlm.models.blocks import MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import PagedCache
+from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 
 if TYPE_CHECKING:
     from ownlm.generate.torch_runner import Line
@@ -34,8 +35,9 @@ class Steps:
 
     @staticmethod
     def possible(model: Decoder) -> bool:
-        """False for mixtures of experts: which tokens an expert gets is known to the device only."""
-        return not any(isinstance(module, MoE) for module in model.modules())
+        """False for mixtures of experts, where only the device knows which tokens an expert gets, and for quantised layers, which make
+        their levels on the way."""
+        return not any(isinstance(module, MoE | QuantizedLinear | QuantizedEmbedding) for module in model.modules())
 
     def fits(self, lines: Sequence["Line"]) -> bool:
         """Whether these lines are a step of writing that is gathered in one piece."""

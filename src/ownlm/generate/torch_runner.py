@@ -129,7 +129,9 @@ class TorchRunner:
         return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], device=self.device)
 
 
-def torch_runner(model: Decoder, *, slots: int, context: int, room: int | None = None) -> TorchRunner:
+def torch_runner(
+    model: Decoder, *, slots: int, context: int, room: int | None = None, static: bool | None = None
+) -> TorchRunner:
     """A runner for `slots` answers of `context` positions, its cache within `room` bytes as long as one sequence fits. A page is a
     whole sequence on a CPU, where gathering pages costs more than the attention over them."""
     page = context if model.device.type == "cpu" else PAGE
@@ -137,4 +139,4 @@ def torch_runner(model: Decoder, *, slots: int, context: int, room: int | None =
     most = slots * least
     if room is not None:
         most = min(most, room // (page * position_bytes(model.config, model.dtype)))
-    return TorchRunner(model, pages=max(least, most), page=page)
+    return TorchRunner(model, pages=max(least, most), page=page, static=static)

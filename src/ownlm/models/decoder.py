@@ -128,7 +128,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
             self.lm_head_bias = None
         self.rotations = Rotations(config.layers)
-        # Of a decoder that is one of several shards: called with hidden states and `_logits` (parallel.py).
+        # Of a decoder that is one of several shards: called with hidden states and `_logits` (shards.py).
         self.around_logits: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.windows = {layer.attention.window for layer in config.layers}
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
-from ownlm.models import coded, parallel
+from ownlm.models import coded, shards
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened, Tensors
 from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
-from ownlm.models.parallel import Shard
 from ownlm.models.pooling import read_pooling, write_pooling
+from ownlm.models.shards import Shard
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +41,7 @@ def load_model(
     """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks; of
     several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is
     opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for. With
-    `shard` a decoder is opened as that part of it (parallel.py).
+    `shard` a decoder is opened as that part of it (shards.py).
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
@@ -66,10 +66,10 @@ def load_model(
     # Of GGUF the first: norms are wider there than in the model it was made of.
     stored = types[0] if root.is_file() else reduce(torch.promote_types, types)
     model = model.to(dtype or stored)
-    uncut, cuts = dict(model.named_parameters()), dict[str, parallel.Cut]()
+    uncut, cuts = dict(model.named_parameters()), dict[str, shards.Cut]()
     if shard is not None:
-        parallel.check(model, shard.size, where=str(root))
-        model, cuts = parallel.shard_of(model, shard)
+        shards.check(model, shard.size, where=str(root))
+        model, cuts = shards.shard_of(model, shard)
     model = model.to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
@@ -78,7 +78,7 @@ def load_model(
             if shard is None:
                 target.place(tensor, ours, give_back)
             else:
-                parallel.place(target, tensor, ours, give_back, whole=uncut, cuts=cuts, shard=shard)
+                shards.place(target, tensor, ours, give_back, whole=uncut, cuts=cuts, shard=shard)
         elif not names.derived(name):
             whole = tensor if isinstance(tensor, Tensor) else tensor.tensor()
             second[name] = whole.to(dtype or stored, copy=True)

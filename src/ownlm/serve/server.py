@@ -17,6 +17,7 @@ from ownlm.generate.model import Model, load_decoder
 from ownlm.report import Reporter
 from ownlm.serve.app import MAX_WAITING, SLOTS, create_app
 from ownlm.serve.guard import MAX_HEADER_BYTES, Keys
+from ownlm.serve.worker import Worker
 
 SHUTDOWN_S = 10  # open streams may finish; then they are cut
 
@@ -36,12 +37,14 @@ def serve(
     max_waiting: int = MAX_WAITING,
     record_text: bool = False,
     ready: Callable[[uvicorn.Server, str], None] | None = None,
+    tensor_parallel: int = 1,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
-    adapter  merged into a model that is named, as in `load`
+    adapter, tensor_parallel  for a model that is named, as in `load`
     ready    called with the running server and its address once it answers; `server.should_exit = True` ends it
-    Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
+    Raises Busy when the port is taken, UserError beyond loopback without API keys, what `load` raises, and RankLost when a process of
+    a split model ends.
     """
     reporter = reporter or Reporter.silent()
     Keys(api_keys)
@@ -53,7 +56,9 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home(), reporter)
-        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
+        model = ref
+        if not isinstance(model, Model):
+            model = load_decoder(model, adapter=adapter, workspace=workspace, tensor_parallel=tensor_parallel)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,
@@ -79,9 +84,13 @@ def serve(
             )
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             server = Announcing(config, lambda: announce(server, address, model, reporter, ready))
+            worker: Worker = app.state.service.worker
+            worker.on_lost = server.leave
             # uvicorn ends in order on Ctrl-C and then raises it again, for which there is no use here.
             with suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
+            if worker.lost is not None:
+                raise worker.lost
     reporter.line("Stopped.")
 
 
@@ -91,6 +100,10 @@ class Announcing(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self.on_started = started
+
+    def leave(self) -> None:
+        """End in order. From any thread."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
