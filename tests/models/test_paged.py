@@ -76,6 +76,19 @@ def test_what_is_gathered_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert cache.gathered.numel() == 2 * 3 * 8 * model.config.kv_shape[0] * model.config.kv_shape[1]
 
 
+def test_layers_with_a_window_read_the_pages_it_touches() -> None:
+    """24 positions touch four pages of 8, wherever they begin; without a window all 25 are read."""
+    model = loud_decoder("gemma3")
+    assert model.windows == {24, None}
+    cache = PagedCache(model.config, pages=60, page=8)
+    table = torch.arange(50).view(2, 25)
+    for lengths, positions in (([200, 31], [[199], [30]]), (None, [[199], [-1]]), ([199, 8], [[198], [7]])):
+        [piece] = cache.address(torch.tensor(positions), table, lengths=lengths).pieces
+        assert piece.reading(cache, None).index_2BKP.shape[-1] == 25
+        index_P = piece.reading(cache, 24).index_2BKP[0, 0, 0] // cache.kv_heads
+        assert index_P.tolist() == ([21, 22, 23, 24] if positions[0] == [198] else [22, 23, 24, 24])
+
+
 def test_memory_is_what_is_told() -> None:
     model = loud_decoder("gemma3")
     cache = PagedCache(model.config, pages=6, page=4, dtype=torch.bfloat16)

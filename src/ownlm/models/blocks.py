@@ -121,11 +121,9 @@ class SelfAttention(nn.Module):
             turn = step.rotations[self.rotary]
             q, k = rotate(q, *turn), rotate(k, *turn)
         if step.paged is not None:
+            parts = step.paged.cache.update(self.index, step.paged, k, v, self.spec.window)
             y_BTHd = torch.cat(
-                [
-                    self._attend(q[piece.rows], keys, values, piece.visibility(self.spec.window))
-                    for piece, keys, values in step.paged.cache.update(self.index, step.paged, k, v)
-                ]
+                [self._attend(q[rows], keys, values, visibility) for rows, keys, values, visibility in parts]
             )
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)

@@ -3,9 +3,9 @@
     page table of a row:  [7, 2, 3]      position 40 of it stands in page 2, place 8 (of 32)
 
 The same call as with slots (cache.py): each token is written at its place, then sees every position of its sequence up to its
-own. What it reads is gathered from its pages into one piece of memory, so that attention is the one every model has
-(attention.py). Where a page holds a whole sequence, the pages of neighbouring rows are read where they are. A token at position
--1 is padding: it is written into a page that belongs to nobody.
+own. What it reads (of a window, just the pages it touches) is gathered from its pages into one piece of memory, so that attention is
+the one every model has (attention.py). Where a page holds a whole sequence, the pages of neighbouring rows are read where they are.
+A token at position -1 is padding: it is written into a page that belongs to nobody.
 Shapes: L layers, N pages, K key/value heads, s positions of a page, d head width; B rows, T tokens of this call, P pages of a row,
 S positions that are read.
 """
@@ -77,12 +77,12 @@ class PagedCache:
         page_BT = torch.where(positions_BT < 0, self.pages, pages_BP.gather(1, place_BT // self.page))
         rows, width = pages_BP.shape
         if lengths is None:
-            pieces = [self._piece(positions_BT, pages_BP, slice(0, rows), width * self.page)]
+            pieces = [Piece(slice(0, rows), positions_BT, pages_BP, width * self.page)]
         elif first is not None:
-            pieces = [Piece(slice(0, rows), positions_BT, None, max(lengths), rows == 1, first)]
+            pieces = [Piece(slice(0, rows), positions_BT, pages_BP, max(lengths), rows == 1, first)]
         else:
             pieces = [
-                self._piece(positions_BT, pages_BP, some, max(lengths[some]), exact=rows == 1)
+                Piece(some, positions_BT[some], pages_BP[some], max(lengths[some]), rows == 1)
                 for some in self._together(lengths)
             ]
         return PagedAddress(self, page_BT, place_BT % self.page, tuple(pieces), long)
@@ -97,27 +97,22 @@ class PagedCache:
                 begin, widest = row, -(-length // self.page)
         yield slice(begin, len(lengths))
 
-    def _piece(self, positions_BT: Tensor, pages_BP: Tensor, rows: slice, length: int, *, exact: bool = False) -> Piece:
-        numbers_BP = pages_BP[rows, : -(-length // self.page)]
-        half_2 = torch.arange(2, device=pages_BP.device).view(2, 1, 1, 1) * (self.pages + 1)
-        head_K = torch.arange(self.kv_heads, device=pages_BP.device).view(-1, 1)
-        read_2BKP = (half_2 + numbers_BP[:, None]) * self.kv_heads + head_K
-        return Piece(rows, positions_BT[rows], read_2BKP, length, exact)
-
     def update(
-        self, layer: int, address: PagedAddress, k_BTKd: Tensor, v_BTKd: Tensor
-    ) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-        """Write these tokens' keys and values; then, piece by piece, the keys and values (B, K, S, d) that the rows of the call read.
-        Use one before asking for the next."""
+        self, layer: int, address: PagedAddress, k_BTKd: Tensor, v_BTKd: Tensor, window: int | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Visibility]]:
+        """Write these tokens' keys and values; then, some rows at a time: which, the keys and values (B, K, S, d) that they read, and what
+        they see of those. Use one before asking for the next."""
         both_2NKsd = self.both_L2NKsd[layer]
         for whole_NKsd, new_BTKd in zip(both_2NKsd, (k_BTKd, v_BTKd), strict=True):
             whole_NKsd.transpose(1, 2).index_put_((address.page_BT, address.place_BT), new_BTKd)
         for piece in address.pieces:
-            if piece.read_2BKP is None:
+            reading = piece.reading(self, window)
+            if piece.first is not None:
                 found = both_2NKsd[:, piece.first : piece.first + len(piece.positions_BT)]
             else:
-                found = self._gather(both_2NKsd, piece.read_2BKP)
-            yield piece, found[0, :, :, : piece.length], found[1, :, :, : piece.length]
+                found = self._gather(both_2NKsd, reading.index_2BKP)
+            keys, values = found[:, :, :, : reading.length]
+            yield piece.rows, keys, values, reading.visibility
 
     def _gather(self, both_2NKsd: Tensor, read_2BKP: Tensor) -> Tensor:
         """(2, B, K, S, d)"""
@@ -134,37 +129,63 @@ class PagedCache:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What the layers of one window read: `index_2BKP` counts pages through keys and values and their heads; of what they hold, the
+    first `length` positions."""
+
+    index_2BKP: Tensor
+    length: int
+    visibility: Visibility
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of a call that are read together. `read_2BKP` counts pages through keys and values and their heads; None where the rows'
-    pages follow one another from `first` on. `exact`: one row, without padding, whose tokens are the last of `length`.
-    `seen` keeps what was worked out of windows."""
+    """Rows of a call that are read together, from pages of `length` positions. `exact`: one row, without padding, whose tokens are the
+    last of these. `first`: of rows whose only pages follow one another. `readings` keeps what was worked out of windows."""
 
     rows: slice
     positions_BT: Tensor
-    read_2BKP: Tensor | None
+    pages_BP: Tensor
     length: int
-    exact: bool
-    first: int = 0
-    seen: dict[int | None, Visibility] = field(default_factory=dict)
+    exact: bool = False
+    first: int | None = None
+    readings: dict[int | None, Reading] = field(default_factory=dict)
 
-    def visibility(self, window: int | None) -> Visibility:
-        """What these tokens see: their sequence's positions up to their own, the last `window` of them."""
-        if window not in self.seen:
-            self.seen[window] = self._visibility(window)
-        return self.seen[window]
+    def reading(self, cache: PagedCache, window: int | None) -> Reading:
+        """What the layers of a window read, and see."""
+        if window not in self.readings:
+            self.readings[window] = self._reading(cache, window)
+        return self.readings[window]
 
-    def _visibility(self, window: int | None) -> Visibility:
-        width, device = self.positions_BT.shape[1], self.positions_BT.device
+    def _reading(self, cache: PagedCache, window: int | None) -> Reading:
+        width, device, page = self.positions_BT.shape[1], self.positions_BT.device, cache.page
+        count = -(-self.length // page)
+        begin_B1 = torch.zeros_like(self.positions_BT[:, :1])
+        length, begin = self.length, 0
+        touched = count if window is None else -(-(window + width - 1) // page) + 1
+        if touched < count and self.first is None:
+            # From the page of the first position that the first token sees.
+            count, length = touched, touched * page
+            begin_B1 = (self.positions_BT[:, :1] - (window or 0) + 1).clamp(min=0) // page
+            if self.exact:
+                begin = max(0, self.length - width - (window or 0) + 1) // page
+                length = self.length - begin * page
+        number_BP = begin_B1 + torch.arange(count, device=device)
+        pages_BP = self.pages_BP.gather(1, number_BP.clamp(max=self.pages_BP.shape[1] - 1))
+        half_2 = torch.arange(2, device=device).view(2, 1, 1, 1) * (cache.pages + 1)
+        index_2BKP = (half_2 + pages_BP[:, None]) * cache.kv_heads + torch.arange(cache.kv_heads, device=device)[
+            :, None
+        ]
         # Elsewhere than on a CPU such a mask would be made again in each layer, unless it is the triangle that kernels know.
-        if self.exact and (device.type == "cpu" or (width == self.length and window is None)):
-            return causal(width, self.length, window)
-        keys = torch.arange(self.length, device=device)
-        # Padding sees position 0, so that its softmax has something to sum over.
-        own_BT1 = self.positions_BT.clamp(min=0)[:, :, None]
-        hidden_BTS = keys > own_BT1
+        if self.exact and (device.type == "cpu" or (width == length and window is None)):
+            return Reading(index_2BKP, length, causal(width, length, window))
+        key_BS = (number_BP[:, :, None] * page + torch.arange(page, device=device)).flatten(1)[:, :length]
+        # Padding sees what the first token of its row sees, so that its softmax has something to sum over.
+        own_BT = torch.where(self.positions_BT < 0, self.positions_BT[:, :1], self.positions_BT).clamp(min=0)
+        hidden_BTS = key_BS[:, None] > own_BT[:, :, None]
         if window is not None and window < self.length:
-            hidden_BTS |= keys <= own_BT1 - window
-        return masked(hidden_BTS)
+            hidden_BTS |= key_BS[:, None] <= own_BT[:, :, None] - window
+        return Reading(index_2BKP, length, masked(hidden_BTS))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
