@@ -85,7 +85,7 @@ def load_model(
     for name, tensor in second.items():
         twin = names.copy_of(name, ours)
         if twin is not None and shard is not None:
-            tensor = cuts[twin].of(tensor, like=ours[twin])
+            tensor = cuts[twin].of(tensor, like=ours[twin])  # an embedding, or a head
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
             raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
     model.pooling = opened.pooling
