@@ -119,10 +119,10 @@ def test_embeddings_are_means_of_hidden_states() -> None:
 
 def test_the_cache_fits_into_memory_and_always_holds_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     token_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their width, float32
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: token_bytes * 128 * 4 * 3 + 1)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda device: token_bytes * 128 * 4 * 3 + 1)
     pool = MODEL.engine(8).pool
     assert 128 < pool.count * pool.size <= 3 * 128  # fewer where heads are padded
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda device: 0)
     pool = MODEL.engine(8).pool
     assert pool.count * pool.size == 128
 
