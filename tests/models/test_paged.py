@@ -8,7 +8,7 @@ from references import difference
 from test_cache import BAR, FAMILIES, alone, loud_decoder, tokens
 from torch import Tensor
 
-from ownlm.models import paged
+from ownlm.models import attention, paged
 from ownlm.models.attention import causal, fused_attention, masked, plain_attention
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import PagedCache, position_bytes
@@ -105,3 +105,15 @@ def test_fused_attention_is_attention(queries: int, keys: int, window: int | Non
     for visibility in (causal(queries, keys, window), masked(hidden)):
         expected = plain_attention(q, k, v, visibility, 0.3, None, None, None)
         torch.testing.assert_close(fused_attention(q, k, v, visibility, 0.3), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_many_scores_are_formed_some_queries_at_a_time(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, 23), (2, 40), (2, 40)))
+    rest: Any = (0.3, 20.0, torch.randn(4), torch.randn(1, 4, 23, 40))
+    hidden = torch.rand(2, 23, 40) < 0.3
+    for visibility in (causal(23, 40, window), masked(hidden)):
+        whole = plain_attention(q, k, v, visibility, *rest)
+        monkeypatch.setattr(attention, "SCORES", 2 * 4 * 40 * 5)
+        torch.testing.assert_close(plain_attention(q, k, v, visibility, *rest), whole, atol=1e-5, rtol=1e-5)
+        monkeypatch.undo()
