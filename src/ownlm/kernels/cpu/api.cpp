@@ -74,6 +74,14 @@ Norm& norm_of(Model& model, int layer, int slot) {
     return *norms[slot];
 }
 
+// Rows as they come to be packed. Codes of ours have their scales in a second array; a block of ggml's begins with its scale.
+enum Source : int32_t { FLOATS = 0, BF16S, CODES, Q8_0_BLOCKS, Q4_0_BLOCKS };
+
+size_t source_bytes(int source, const Packed& packed) {  // of a row
+    const size_t groups = packed.groups(), codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
+    return source == FLOATS ? size_t(packed.k) * 4 : source == BF16S ? size_t(packed.k) * 2 : groups * (source == CODES ? codes : codes + 2);
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -128,8 +136,9 @@ void ownlm_vector(void* handle, int layer, int slot, int64_t count, const float*
 }
 
 int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n, int k, const float* bias) try {
-    Packed& packed = matrix(((Handle*)handle)->model, layer, slot, expert);
-    allocate(packed, Kind(kind), n, k);
+    Model& model = ((Handle*)handle)->model;
+    Packed& packed = matrix(model, layer, slot, expert);
+    allocate(model.arena, packed, Kind(kind), n, k);
     if (bias) {
         packed.bias_values.assign(packed.padded(), 0.0f);
         std::copy(bias, bias + n, packed.bias_values.begin());
@@ -140,7 +149,7 @@ int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n,
     return 1;
 }
 
-// Fill rows [first, first + count). `source`: 0 floats, 1 bf16, 2 codes with scales.
+// Fill rows [first, first + count) from a `Source`.
 void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
     Handle* h = (Handle*)handle;
     Packed& packed = matrix(h->model, layer, slot, expert);
@@ -148,15 +157,17 @@ void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int co
     Pool& pool = h->team->pool;
     // Threads take whole tiles, for two rows of a tile share its bytes.
     const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
-    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
-                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
+    const size_t codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
     pool.run([&](int id) {
         Member(pool, id).split(tiles, [&](int t0, int t1) {
             const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
-            const uint8_t* from = (const uint8_t*)values + r0 * width;
-            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
-            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
-            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
+            const uint8_t* from = (const uint8_t*)values + r0 * source_bytes(source, packed);
+            if (source == FLOATS) return pack_floats(packed, first + r0, r1 - r0, (const float*)from);
+            if (source == BF16S) return pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
+            const bool blocks = source != CODES;
+            const uint8_t* with = blocks ? from : (const uint8_t*)(scales + size_t(r0) * packed.groups());
+            const Order order = packed.kind == INT8 ? SIGNED : blocks ? HALVES : PAIRS;
+            pack_codes(packed, first + r0, r1 - r0, {blocks ? from + 2 : from, with, blocks ? codes + 2 : codes, blocks ? codes + 2 : 2, order});
         });
     });
 }
