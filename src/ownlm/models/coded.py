@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ownlm.errors import ArtifactError
 from ownlm.formats.tensorfile import Entry, map_tensors
+from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
@@ -67,7 +68,7 @@ def load(
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     entries = {name: entry for held in files.values() for name, entry in held.items()}
     config, family = from_hf(hf, where=f"{root / 'config.json'}")
-    with torch.device("meta"):
+    with blank():
         model: Any = family.build(config, hf)
         if not isinstance(model, Decoder) or model.task is not None:
             raise ArtifactError("only decoders that write are quantised.", where=where)

@@ -33,6 +33,7 @@ from ownlm.models.adapters import (
     use_adapter,
     wrappers,
 )
+from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, to_hf
 from ownlm.models.names import LAYOUTS, Stored, stored_tensors
@@ -75,7 +76,7 @@ class Names:
     def __init__(self, model: Any) -> None:
         hf = model.hf or to_hf(model.config)
         self.family = FAMILIES[hf["model_type"]]
-        with torch.device("meta"):
+        with blank():
             bare = self.family.build(model.config, model.hf)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
         table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ownlm.models.blank import blank
 from ownlm.models.blocks import MoE, Stack, gated
 from ownlm.models.specs import FeedForward
 
@@ -271,7 +272,7 @@ def quantized(module: nn.Module, make: Quantize) -> nn.Module:
 
 def plain(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module again whose weights are numbers: those that the codes stand for."""
-    with torch.device("meta"):
+    with blank():
         made: nn.Module
         if isinstance(module, QuantizedLinear):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)

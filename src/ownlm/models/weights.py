@@ -18,6 +18,7 @@ from ownlm.errors import ArtifactError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
 from ownlm.models import coded
+from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened, Tensors
@@ -44,7 +45,7 @@ def load_model(
         return coded.load(root, hf, _files(root), dtype=dtype, device=device, codes=codes)
     opened = open_gguf(root) if root.is_file() else _open(root)
     family, files = opened.family, opened.files
-    with torch.device("meta"):
+    with blank():
         model: Any = family.build(opened.config, opened.hf)
     ours = dict(model.named_parameters())
     held = frozenset(name for entries in files.values() for name in entries)
