@@ -6,7 +6,7 @@
 The file is the quantised model's own state: opening it is mapping it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ArtifactError
-from ownlm.formats.tensorfile import Entry, map_tensors
+from ownlm.formats.tensorfile import Entry, Mapped
 from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.models.pooling import read_pooling
-from ownlm.models.quantize import GROUP, Codes, Scheme, plain, quantized
+from ownlm.models.quantize import GROUP, Codes, Scheme, empty, plain, quantized
 
 SETTINGS = {"quant_method": "ownlm", "group": GROUP}
 SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
@@ -50,16 +50,9 @@ def matrices(model: Decoder) -> list[str]:
     return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
 
 
-def load(
-    root: Path,
-    hf: Mapping[str, Any],
-    files: Mapping[Path, Mapping[str, Entry]],
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    codes: bool,
-) -> Decoder:
-    """See `load_model`. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped tensors."""
+def describe(root: Path, hf: Mapping[str, Any], files: Mapping[Path, Mapping[str, Entry]]) -> Decoder:
+    """The quantised model without its weights. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped
+    tensors."""
     where = str(root)
     if hf["quantization_config"] != SETTINGS:
         raise ArtifactError(
@@ -75,31 +68,46 @@ def load(
         for name in matrices(model):
             model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
     _match(model.state_dict(), entries, where)
-    tensors = {name: tensor for path, held in files.items() for name, tensor in map_tensors(path, held).items()}
-    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
-    parameters = dict(model.named_parameters())
-    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
-    model.load_state_dict(placed, assign=True)
     model.requires_grad_(False)
+    model.pooling = read_pooling(root)
+    return model.eval()
+
+
+def load(
+    root: Path,
+    hf: Mapping[str, Any],
+    files: Mapping[Path, Mapping[str, Entry]],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    codes: bool,
+) -> Decoder:
+    """See `load_model`. The same errors as `describe`."""
+    model = describe(root, hf, files)
+    fill(model, [Mapped(path, held) for path, held in files.items()], dtype)
     if not codes:
         for name in matrices(model):
             model.set_submodule(name, plain(model.get_submodule(name), dtype or torch.float32))
         model.requires_grad_(True)
         if dtype is None:
             model.float()
-    model.pooling = read_pooling(root)
-    return model.to(device).eval()
+    return model.to(device)
+
+
+def fill(model: Decoder, maps: Sequence[Mapped], dtype: torch.dtype | None) -> None:
+    """Codes and scales as views of the files, everything else in `dtype` (None: that of the first number that is no scale)."""
+    tensors = {name: one.tensor(name) for one in maps for name in one.entries}
+    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
+    parameters = dict(model.named_parameters())
+    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    model.requires_grad_(False)
 
 
 def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:
     """The codes of a matrix by what the file holds; int8 where it holds none, which `_match` tells."""
     stored = entries.get(f"{name}.{part}.codes" if part else f"{name}.codes")
-    scheme = "int8" if stored is None else SCHEMES.get(stored.dtype, "int8")
-    *outer, columns = weight.shape
-    groups = -(-columns // GROUP)
-    bytes_ = groups * GROUP // (1 if scheme == "int8" else 2)
-    codes = torch.empty(*outer, bytes_, dtype=torch.int8 if scheme == "int8" else torch.uint8)
-    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
+    return empty("int8" if stored is None else SCHEMES.get(stored.dtype, "int8"), tuple(weight.shape))
 
 
 def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:

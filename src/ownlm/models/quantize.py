@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ownlm.formats.ggml import Blocks
 from ownlm.models.blank import blank
 from ownlm.models.blocks import MoE, Stack, gated
 from ownlm.models.specs import FeedForward
@@ -122,21 +123,21 @@ def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int) -> Cod
     return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns)
 
 
-def from_blocks(type: Literal["Q8_0", "Q4_0"], raw: Tensor, shape: tuple[int, ...]) -> Codes:
-    """The bytes (uint8) of a tensor of ggml's blocks as codes: the same values, in our order of the four-bit numbers."""
-    blocks = raw.view(*shape[:-1], shape[-1] // GROUP, -1)
-    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
-    if type == "Q8_0":
-        return Codes("int8", blocks[..., 2:].flatten(-2).view(torch.int8), scales, shape[-1])
-    halves = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).flatten(-2)
-    return Codes("int4", halves[..., ::2] | halves[..., 1::2] << 4, scales, shape[-1])
+def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
+    """Room for the codes of a weight (…, O, I)."""
+    *outer, columns = shape
+    groups = -(-columns // GROUP)
+    narrow = scheme != "int8"
+    codes = torch.empty(*outer, groups * GROUP // (1 + narrow), dtype=torch.uint8 if narrow else torch.int8)
+    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.)"""
+    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.) `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    blocks: Blocks | None = None
 
     def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -173,10 +174,11 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32."""
+    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32. `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    blocks: Blocks | None = None
 
     def __init__(self, kept: Codes) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """What a family of models is: a way to read its config.json and the names of its tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -46,14 +46,26 @@ class Family:
 Tensors: TypeAlias = tuple[str, Tensor | Blocks, Callable[[int], None]]
 
 
+class Held(Protocol):
+    """A file of tensors, mapped. `give_back()`: what was looked at need not stay in memory."""
+
+    def tensor(self, name: str) -> Tensor | Blocks: ...
+    def stream(self) -> Iterator[Tensors]: ...
+    def give_back(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A checkpoint before its weights are read: its config.json, what it means, the tensors of each file, and a way to read
-    them in turn."""
+    """A checkpoint before its weights are read: its config.json, what it means, the tensors of each file, and the files themselves
+    in the same order."""
 
     hf: Mapping[str, Any]
     config: Any
     family: Family
     files: Mapping[Path, Mapping[str, Entry]]
-    tensors: Callable[[], Iterator[Tensors]]
+    maps: Sequence[Held]
     pooling: Pooling | None = None
+
+    def tensors(self) -> Iterator[Tensors]:
+        for one in self.maps:
+            yield from one.stream()
