@@ -140,7 +140,7 @@ before = device.peak_memory_bytes()
 model = ask(sys.argv[2])
 print((device.peak_memory_bytes() - before) / model._native.memory_bytes)
 """
-LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8, "head_dim": 64}  # fmt: skip
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 8, "head_dim": 64}  # fmt: skip
 
 
 def by_chance(weight: Tensor, _: str) -> Codes:
@@ -152,6 +152,7 @@ def by_chance(weight: Tensor, _: str) -> Codes:
 
 @needs_kernels
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is reset as on Linux")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["codes", "numbers", "experts", "gguf"])
 def test_a_model_that_speaks_is_in_memory_once(kind: str, tmp_path: Path) -> None:
     name = "mixtral" if kind == "experts" else "llama3"
