@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ownlm import __version__, device, hub
@@ -31,6 +31,7 @@ from ownlm.recipe import resolve
 from ownlm.report import Reporter, size
 from ownlm.storage import alone, flush, require_space, sha256, storage, write_atomic
 from ownlm.transfer import Away
+from ownlm.verify import Check
 
 FORMAT = 1
 KINDS = ("documents", "tokenizer", "tokens", "checkpoint", "adapter", "scores", "release", "feedback", "index")
@@ -151,6 +152,7 @@ class Workspace:
         self.root = root
         self.reporter = reporter or Reporter.silent()
         self.verified: set[tuple[str, str]] = set()  # (path, digest) read through and found whole by this process
+        self._checks: dict[tuple[str, str], Check] = {}  # those that are being read
         self.commits: dict[hub.Source, str] = {}  # what branches and tags meant when this process asked first
         self.folders: dict[tuple[Any, ...], Artifact] = {}  # (path, sizes and times) of what is no artifact
 
@@ -177,9 +179,25 @@ class Workspace:
             )
         key = (str(artifact.path), artifact.digest)
         if key not in self.verified:
-            verify(artifact)
+            try:
+                self._check(artifact).wait()
+            finally:
+                del self._checks[key]
             self.verified.add(key)
         return artifact
+
+    def check_ahead(self, ref: str | Path) -> None:
+        """Begin to verify what will be opened soon, while something else is done. What is wrong with it, `open` says."""
+        with suppress(UserError):
+            path = self._locate(str(ref))
+            if (path / "manifest.json").is_file():  # of our own
+                self._check(self._read(path))
+
+    def _check(self, artifact: Artifact) -> Check:
+        key = (str(artifact.path), artifact.digest)
+        if key not in self._checks:
+            self._checks[key] = Check(artifact.path, artifact.folder, artifact.manifest.files)
+        return self._checks[key]
 
     def downloaded(self, source: hub.Source, kinds: tuple[str, ...] = KINDS) -> list[Artifact]:
         """What is here of a hub's repository at this commit, or that was asked for by this branch or tag; newest first."""
@@ -374,24 +392,6 @@ class Workspace:
         artifact = Artifact(target, manifest)
         self.verified.add((str(target), manifest.digest))
         return artifact
-
-
-def verify(artifact: Artifact) -> None:
-    """Read every file the manifest lists and compare its hash. Raises ArtifactError that names each bad file."""
-    faults = []
-    for name, entry in artifact.manifest.files.items():
-        path = artifact.folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
-            faults.append(f"{name} leaves the artifact")
-        elif not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256(path) != entry["sha256"]:
-            faults.append(f"{name} does not match its checksum")
-    if faults:
-        cure = "Nothing was loaded. Make it again with its stage, or restore the file from a copy."
-        raise ArtifactError(f"damaged: {'; '.join(faults)}.", where=str(artifact.path), cure=cure)
 
 
 def read_manifest(path: Path) -> Manifest:

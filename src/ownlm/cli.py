@@ -109,13 +109,14 @@ def stage(args: Arguments, reporter: Reporter) -> None:
 
 def generate(args: Arguments, reporter: Reporter) -> None:
     """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
+    workspace = _workspace_ahead(args.ref, reporter)
     from ownlm import recipe
     from ownlm.generate.model import load_writer
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
+    model = load_writer(args.ref, adapter=args.adapter, workspace=workspace)
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -130,13 +131,14 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
 def chat(args: Arguments, reporter: Reporter) -> None:
     """Talk to a model in the terminal."""
+    workspace = _workspace_ahead(args.ref, reporter)
     from ownlm import recipe
     from ownlm.generate.chat import chat as talk
     from ownlm.generate.model import load_decoder
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
+    talk(load_decoder(args.ref, adapter=args.adapter, workspace=workspace), sampling=sampling)
 
 
 def convert(args: Arguments, reporter: Reporter) -> None:
@@ -561,6 +563,13 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 def _workspace(reporter: Reporter) -> Workspace:
     # Downloads are told on the error stream: standard output is for what was asked, an answer of a model perhaps.
     return Workspace(device.home(), reporter if reporter.audience == "programs" else Reporter(out=sys.stderr))
+
+
+def _workspace_ahead(ref: str, reporter: Reporter) -> Workspace:
+    """The workspace, which reads the files of `ref` through while torch is imported."""
+    workspace = _workspace(reporter)
+    workspace.check_ahead(ref)
+    return workspace
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
