@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_files import WIDE
+from block_files import model as block_model
 from encoder_references import save_encoder
 from gguf_cases import CASES
 from llama_reference import LlamaCpp, decided, difference
@@ -21,8 +23,11 @@ from references import CONFIGS, save
 from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
 
 from ownlm import gguf
+from ownlm.kernels import library
+from ownlm.kernels.native import NativeDecoder, text_logits
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
+from ownlm.models.unread import open_unread
 from ownlm.models.weights import load_model, save_model
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
@@ -126,6 +131,31 @@ def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: 
     assert distance(theirs - ours) < 0.02 * distance(ours)
     if quantization.startswith("Q4"):
         assert distance(theirs - ours) < 0.25 * distance(original - ours)
+
+
+@pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_the_kernels_run_quantised_files_as_llama_cpp_does(
+    name: str, quantization: str, llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    """Both round activations to 8 bits, each in its own way; K-quants are int8 here. So they are about as near to each other as each is
+    to the file's numbers."""
+    path = tmp_path / "model.gguf"
+    save_model(block_model(name, **WIDE), tmp_path / "hf")
+    export(tmp_path / "hf", out=path, quantization=quantization)
+    ids = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(0))
+    unread = open_unread(path, torch.float32)
+    assert unread is not None
+    ours = text_logits(NativeDecoder(unread.model, lend=unread.lend), ids)
+    theirs = torch.tensor(llama_cpp.ask(model=str(path), prompt=ids.tolist(), tokens=1)["logits"])
+    numbers = load_model(path, dtype=torch.float32)
+    with torch.inference_mode():
+        exact = numbers.logits(numbers(ids[None]))[0]
+    distance = torch.linalg.vector_norm
+    assert distance(ours - exact) < 1.5 * distance(theirs - exact) + 0.005 * distance(exact)
+    assert distance(ours - theirs) < 2 * distance(theirs - exact) + 0.01 * distance(exact)
+    assert distance(theirs - exact) < 0.05 * distance(exact)
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "shifted"])
