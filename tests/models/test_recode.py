@@ -8,9 +8,8 @@ from block_files import blocks
 from ownlm.formats.ggml import DECODERS, Blocks
 from ownlm.gguf import LAYOUTS
 from ownlm.models.quantize import GROUP, quantize
-from ownlm.models.recode import exactly, recode, widened
+from ownlm.models.recode import EXACT, exactly, recode, widened
 
-EXACT = ("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4")
 SHAPE = (24, 512)
 
 
@@ -77,5 +76,6 @@ def test_four_bits_as_eight() -> None:
     assert widened(wide) is wide
 
 
-def test_every_type_of_32_has_blocks_of_32() -> None:
+def test_which_types_are_exact() -> None:
+    assert set(EXACT) == {"Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"}
     assert all(LAYOUTS[type].block == GROUP for type in EXACT)

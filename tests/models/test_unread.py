@@ -15,6 +15,7 @@ from ownlm.formats.tensorfile import read_header, read_tensors, write_tensors
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
+from ownlm.models.recode import EXACT
 from ownlm.models.unread import Unread, open_unread
 from ownlm.models.weights import load_model, save_codes, save_model
 
@@ -97,7 +98,11 @@ def test_blocks_of_every_type(type: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], wanted[key.replace(".blocks", ".weight")]) for key in found)
     assert sum(key.endswith(".blocks") for key in found) == 2 + 7 * 2
     apart = (logits(unread.read()) - logits(numbers)).norm() / logits(numbers).norm()
-    assert apart < (1e-5 if type in ("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4") else 0.02)
+    assert apart < (1e-5 if type in EXACT else 0.02)
+    assert bool(unread.note) == (type not in EXACT)
+    if type == "Q2_K":
+        assert "model.gguf: weights in Q2_K run as int8" in unread.note
+        assert unread.note.endswith("403 kB become 1.3 MB.")
 
 
 @pytest.mark.parametrize("name", ["mixtral", "phi3", "gpt2", "gemma3", "gpt-oss"])

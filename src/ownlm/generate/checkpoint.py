@@ -64,6 +64,8 @@ def open_checkpoint(
     if for_kernels and not adapters and torch.device(device).type == "cpu":
         unread = _unread(path, dtype or torch.float32)
     if unread is not None:
+        if unread.note:
+            workspace.reporter.line(unread.note)
         return Checkpoint(
             module=unread.model, path=path, name=name, ref=full_ref, digest=digest, merged=False, unread=unread
         )

@@ -22,6 +22,7 @@ from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.settings import read_json
 from ownlm.formats.tensorfile import Mapped
+from ownlm.gguf import byte_size
 from ownlm.models import coded, weights
 from ownlm.models.blank import blank
 from ownlm.models.blocks import Stack
@@ -29,7 +30,8 @@ from ownlm.models.decoder import Decoder
 from ownlm.models.families.family import Held
 from ownlm.models.names import LAYOUTS, Stored
 from ownlm.models.quantize import Codes, empty, quantized
-from ownlm.models.recode import recode, scheme_of
+from ownlm.models.recode import EXACT, recode, scheme_of
+from ownlm.report import size
 
 Value: TypeAlias = Tensor | Blocks
 WHOLE_ROWS = ("same", "pairs")  # layouts that leave each row as it is
@@ -39,7 +41,7 @@ SMALL = 2**20  # numbers
 
 class Unread:
     """`model` has the shapes alone, in the dtype that was asked for; its weights come from `take(part)`, by their names in the model,
-    blocks by the name of their module; `read()` makes a model of its own."""
+    blocks by the name of their module; `read()` makes a model of its own. `note` tells what is rounded on the way."""
 
     def __init__(
         self,
@@ -47,8 +49,9 @@ class Unread:
         maps: list[Held],
         take: Callable[[str], Iterator[tuple[str, Value]]],
         read: Callable[[], Decoder],
+        note: str = "",
     ) -> None:
-        self.model, self.maps, self.take, self.read = model, maps, take, read
+        self.model, self.maps, self.take, self.read, self.note = model, maps, take, read, note
         self._shapes = model.state_dict()
 
     @contextmanager
@@ -128,7 +131,7 @@ class _Files:
                     make = partial(self._empty, name)
                     self.model.set_submodule(name, quantized(self.model.get_submodule(name), make))
             self.model.requires_grad_(False)
-        return Unread(self.model, list(self.described.opened.maps), self.take, self.read)
+        return Unread(self.model, list(self.described.opened.maps), self.take, self.read, self._note())
 
     def read(self) -> Decoder:
         if not self.coded:
@@ -165,6 +168,19 @@ class _Files:
             if all(each in types for each in names):
                 found |= {each: types[each] for each in names}
         return found
+
+    def _note(self) -> str:
+        """What becomes of matrices for which there are no codes of the same values."""
+        rounded = [name for name in self.coded if self.coded[name] not in EXACT]
+        if not rounded:
+            return ""
+        types = ", ".join(sorted({self.coded[name] for name in rounded}))
+        before = sum(byte_size(self.coded[name], self.shapes[name]) for name in rounded)
+        after = sum(byte_size("Q8_0", self.shapes[name]) for name in rounded)
+        return (
+            f"{self.described.root.name}: weights in {types} run as int8, each within 1/254 of the largest of 32; "
+            f"{size(before)} become {size(after)}."
+        )
 
     def _empty(self, module: str, weight: Tensor, part: str) -> Codes:
         return empty(scheme_of(self.coded[f"{module}.{part or 'weight'}"]), tuple(weight.shape))
