@@ -53,7 +53,7 @@ void allocate(Packed& matrix, Kind kind, int n, int k) {
 namespace {
 
 float from_half(uint16_t bits) {
-    _Float16 h;
+    Half h;
     std::memcpy(&h, &bits, 2);
     return float(h);
 }
