@@ -11,21 +11,6 @@ using namespace ownlm;
 
 namespace {
 
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> found;
-#ifdef OWNLM_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        found.push_back(&avx512_kernels);
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
-    if (avx2) found.push_back(&avx2_kernels);
-#endif
-    found.push_back(&plain_kernels);
-    return found;
-}
-
 // One team for each number of threads, kept for the life of the process; a step has it to itself.
 struct Team {
     explicit Team(int size) : pool(size) {}

@@ -70,7 +70,7 @@ void allocate(Arena& arena, Packed& matrix, Kind kind, int n, int k) {
 namespace {
 
 float from_half(uint16_t bits) {
-    _Float16 h;
+    Half h;
     std::memcpy(&h, &bits, 2);
     return float(h);
 }
