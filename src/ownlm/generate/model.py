@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Artifact, Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
@@ -120,15 +120,6 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
-
-
-def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
-    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
-    source = adapter.manifest.inputs["checkpoint"]
-    base = workspace.open(source["ref"], "checkpoint")
-    if base.digest != source["digest"]:
-        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
-    return base
 
 
 class Model:
@@ -471,7 +462,7 @@ def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
 
 
 def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
-    return Seq2Seq(module, Tokenizer.load(path), **about)
+    return Seq2Seq(module, tokenizer_of(path), **about)
 
 
 def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:
