@@ -94,13 +94,15 @@ def test_tokens_from_conll(kind: str, tmp_path: Path, request: pytest.FixtureReq
     assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
 
 
-def test_answers_are_stretches_of_the_context(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.parametrize("kind", ["encoder", "base"])
+def test_answers_are_stretches_of_the_context(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = [
         f'{{"question": "who", "context": "it is {name}", "answers": ["{name}"]}}'
         for name in ("Ann", "Bo", "Cy", "Di", "Ed")
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, encoder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
+    folder = request.getfixturevalue(kind)
+    model = tuned(tmp_path, folder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
     found = model.answer("who", "it is Flo")
     assert isinstance(found, Found)
     assert "it is Flo"[found.start : found.end] == found.text

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ownlm.errors import UserError
-from ownlm.models.families import FAMILIES, from_hf, to_hf
+from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.heads import headed
 from ownlm.models.heads import init_normal
 from ownlm.models.names import stored_tensors
@@ -30,13 +30,11 @@ def with_head(
     weight = next(model.parameters())
     new = family.build(config, new_hf).to(weight.device, weight.dtype)
     old, ours = dict(model.named_parameters()), dict(new.named_parameters())
-    held = {
-        stored.name.removeprefix(family.prefix): stored for stored in stored_tensors(family.names(model.config), old)
-    }
+    held = {bare(stored.name, family): stored for stored in stored_tensors(family.names(model.config), old)}
     fresh = dict(ours)
     with torch.no_grad():
         for stored in stored_tensors(family.names(config), ours):
-            source = held.get(stored.name.removeprefix(family.prefix))
+            source = held.get(bare(stored.name, family))
             if source is not None and not stored.parts[0][0].startswith("head.out."):
                 stored.place(source.pack(old), ours)
                 for name, _ in stored.parts:
@@ -44,3 +42,9 @@ def with_head(
     assert all(name.startswith(("head.", "pooler.")) for name in fresh), sorted(fresh)
     init_normal(fresh.items(), seed=seed)
     return new.eval()
+
+
+def bare(name: str, family: Family) -> str:
+    """What a file calls a tensor, without what begins the names of a body."""
+    prefix = next((one for one in (family.prefix, family.span_prefix) if one and name.startswith(one)), "")
+    return name.removeprefix(prefix)
