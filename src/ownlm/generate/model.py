@@ -347,6 +347,8 @@ class Model:
         """The stretch of `context` that answers, by a span head; without one, what the model writes when asked."""
         if self.decoder.task is None and isinstance(self.decoder, Decoder):
             return self._asked("answer", [context], fields, question=question)[0]
+        if fields:
+            raise UserError("a span head points and writes nothing.", where=", ".join(fields), cure="Leave it out.")
         return self.headed.answer(question, context)
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
