@@ -90,7 +90,7 @@ def x86(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_this_processor(x86: Path) -> None:
     lines = run(str(x86))
-    assert lines[0].split() == [name for name in library.instruction_sets()]
+    assert lines[0].split() == list(library.instruction_sets())
     assert tables(lines) == set(library.instruction_sets())
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seq2seq
 import torch
 from block_files import WIDE
 from block_files import model as block_model
 from encoder_references import save_encoder
-from gguf_cases import CASES
+from gguf_cases import CASES, DISTANCE, T5S
 from llama_reference import LlamaCpp, decided, difference
 from references import CONFIGS, save
 from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
@@ -112,6 +113,26 @@ def test_encoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     assert difference(ours, theirs) <= 1e-3
 
 
+@pytest.mark.parametrize("name", T5S)
+def test_encoder_decoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """The encoder's states, the decoder's logits in one go, and greedy tokens from its start token on, beyond the exact buckets."""
+    seq2seq.save(name, tmp_path / "hf", **DISTANCE)
+    path = tmp_path / "model.gguf"
+    assert export(tmp_path / "hf", out=path, quantization="F32").architecture == "t5"
+    model = load_model(tmp_path / "hf")
+    source, ours = decided(model, length=150, count=TOKENS, vocabulary=97)
+    given = [model.config.start_token, *ours.tokens[:-1]]
+    with torch.inference_mode():
+        memory = model.encode(torch.tensor([source]))
+        logits = model.logits(model.decode(torch.tensor([given]), model.source(memory)))[0]
+    bar = 1e-5 if name == "t5-1.0" else 3e-3  # gates are GELU's
+    theirs = llama_cpp.ask(model=str(path), source=source, prompt=given[:1], tokens=TOKENS)
+    assert difference(memory[0], torch.tensor(theirs["hidden"])) <= bar
+    assert theirs["tokens"] == ours.tokens
+    at_once = llama_cpp.ask(model=str(path), source=source, prompt=given, tokens=1)
+    assert difference(logits, torch.tensor(at_once["logits"])) <= bar
+
+
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"])
 def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     """llama.cpp also rounds what it multiplies with (to 8 bits): its logits are near ours, much nearer than the original's are
@@ -183,11 +204,14 @@ def test_a_unigram_vocabulary(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = Tokenizer.load(tmp_path)
-    gguf.write(tmp_path / "v.gguf", {"general.architecture": "t5", **to_gguf(tokenizer, tokenizer.vocab_size)}, [])
+    vocabulary = to_gguf(tokenizer, tokenizer.vocab_size, ends=True)
+    gguf.write(tmp_path / "v.gguf", {"general.architecture": "t5", **vocabulary}, [])
     lines = (VECTORS / "sentencepiece" / "botchan.txt").read_text().splitlines()[:300]
     texts = [*PROBES, *(line for line in lines if line.strip())]
     theirs = llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts)["ids"]
     assert theirs == [tokenizer.encode(text) for text in texts]
+    framed = llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts, framed=True)["ids"]
+    assert framed == [tokenizer.document(text) for text in texts]
 
 
 @needs_vectors

@@ -11,6 +11,7 @@ from ownlm.errors import ArtifactError, UserError
 from ownlm.kernels import native
 from ownlm.models import peft
 from ownlm.models.adapters import merge
+from ownlm.models.tuning import with_head_of
 from ownlm.models.unread import Unread, open_unread
 from ownlm.models.weights import load_model
 
@@ -72,7 +73,9 @@ def open_checkpoint(
     module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device)
     for one in adapters:
         in_folder = (Path(one) / peft.CONFIG).is_file()
-        peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
+        folder = Path(one) if in_folder else workspace.open(one, kind="adapter").path
+        module = with_head_of(module, folder)
+        peft.load_adapter(module, folder)
         merge(module)
     if adapters and dtype is not None:
         module.to(dtype)

@@ -373,6 +373,8 @@ class Model:
         """The stretch of `context` that answers, by a span head; without one, what the model writes when asked."""
         if self.shapes.task is None and isinstance(self.shapes, Decoder):
             return self._asked("answer", [context], fields, question=question)[0]
+        if fields:
+            raise UserError("a span head points and writes nothing.", where=", ".join(fields), cure="Leave it out.")
         return self.headed.answer(question, context)
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
@@ -488,7 +490,7 @@ def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
 
 
 def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
-    return Seq2Seq(module, Tokenizer.load(path), **about)
+    return Seq2Seq(module, tokenizer_of(path), **about)
 
 
 def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:

@@ -25,6 +25,7 @@ class Family:
     build         our config -> the module
     names         our config -> the table of tensor names
     prefix        begins every name but the head's, and is left out in files of the bare model
+    span_prefix   begins them instead where a head for spans follows; empty: the family has no such head, or no other names
     derived       matches stored tensors that are no weights
     spellings     (pattern, replacement) for stored names of older files
     copies        stored tensors that some files hold beside the one they are tied to: the end of the name, and ours
@@ -37,6 +38,7 @@ class Family:
     spelled: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
+    span_prefix: str = ""
     derived: str = r"(?!)"
     spellings: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)

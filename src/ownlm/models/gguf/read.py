@@ -14,9 +14,8 @@ from ownlm import gguf
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.ggml import DECODERS, PLAIN, Blocks
 from ownlm.formats.tensorfile import Entry
-from ownlm.models.families import from_hf
 from ownlm.models.families.family import Opened, Tensors
-from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, pooling
+from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, meaning, pooling
 
 
 def open_gguf(path: Path) -> Opened:
@@ -39,13 +38,13 @@ def open_gguf(path: Path) -> Opened:
             where=str(path),
             cure=f"Known: {', '.join(ARCHITECTURES)}.",
         )
-    architecture = ARCHITECTURES[keys.architecture]
-    hf = architecture.read(keys)
-    config, family = from_hf(hf, where=str(path), stored=frozenset(tensors))
+    hf, config, family = meaning(keys, str(path))
     return Opened(
         hf=hf,
         config=config,
-        family=replace(family, names=architecture.names, prefix="", spellings=(), derived=DERIVED, copies={}),
+        family=replace(
+            family, names=ARCHITECTURES[keys.architecture].names, prefix="", spellings=(), derived=DERIVED, copies={}
+        ),
         files={
             part.path: {
                 name: Entry(PLAIN.get(info.type, torch.float32), info.shape, info.start, info.end)
