@@ -22,7 +22,7 @@ X86 = {
     "isa_avxvnni": (*AVX2, "-mavxvnni"),
     "isa_avx2": AVX2,
 }
-COMMON = {"isa_plain": (), "step": (), "pack": (), "api": ()}
+COMMON = {"isa_plain": (), "step": (), "lora": (), "pack": (), "api": ()}
 
 
 def is_x86() -> bool:

@@ -13,7 +13,7 @@ Shapes: r rank, O outputs, I inputs, D delta of a weight (O, I).
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +67,21 @@ class Pair(nn.Module):
     def delta(self) -> Tensor:
         """(O, I), what is added to the weight."""
         return (self.B.detach().float() @ self.A.detach().float()) * self.scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """An adapter by itself, not hung on a model: its pairs by the name of their layer, and what was trained whole by the name of
+    the parameter."""
+
+    pairs: Mapping[str, Pair]
+    whole: Mapping[str, Tensor]
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the language model's head, where it was trained whole."""
+        weight = self.whole.get("lm_head.weight")
+        return None if weight is None else (weight, self.whole.get("lm_head.bias"))
 
 
 def divisor(rank: int, rslora: bool) -> float:
