@@ -20,8 +20,8 @@ from references import CONFIGS, make_loud
 from ownlm.kernels import build, choose, library
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
-from ownlm.models.decoder import Decoder
 from ownlm.models.adapters import Learned, Pair, base_of, matching
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
