@@ -168,3 +168,38 @@ def test_what_the_step_has_no_place_for_is_refused() -> None:
     pair = Pair(torch.zeros(2, 32), torch.zeros(32, 2), alpha=1, rslora=False)
     with pytest.raises(UserError, match="an adapter of score can't run beside the base"):
         NativeAdapter(NativeDecoder(model), Learned(pairs={"score": pair}, whole={}))
+
+
+def test_rows_that_stop_between_layers_keep_their_adapter() -> None:
+    """A piece of a prompt goes through one layer in each step, beside a row of the same adapter that goes through all."""
+    model = decoder("llama")
+    native = NativeDecoder(model, "f32")
+    adapters = [NativeAdapter(native, learned(model, 6, seed)) for seed in (2, 4)]
+    tokens, other = text(model, 1), text(model, 2)
+    whole = ask(native, adapters, [(tokens, 0), (other, 0)])
+    pages = shuffled_pages(2, LENGTH)
+    cache = native.cache(pages.size)
+    piece = 20
+    for layer in range(2):
+        rows = 1 + piece
+        wanted = np.zeros(rows, np.int32)
+        wanted[0] = 1
+        wanted[1:] = layer == 1
+        found, _ = native.step(
+            cache,
+            Batch(
+                token_R=torch.cat([other[layer : layer + 1], tokens[:piece]]).numpy().astype(np.int32),
+                sequence_R=np.array([1] + [0] * piece, np.int32),
+                position_R=np.array([layer, *range(piece)], np.int32),
+                wanted_R=wanted,
+                long_R=np.zeros(rows, np.int32),
+                pages_SP=pages,
+                partial=piece,
+                layers=range(layer, layer + 1),
+                adapter_R=np.zeros(rows, np.int32),
+                adapters=adapters,
+            ),
+        )
+        assert found is not None
+        assert torch.equal(found[0], whole[1][layer])
+    assert torch.equal(found[1:], whole[0][:piece])

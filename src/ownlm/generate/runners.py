@@ -24,7 +24,7 @@ class Runner(Protocol):
     """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
     more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
     is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere.
-    is cut. adapter_form: what the weights of adapters are here."""
+    adapter_form: what the weights of adapters are here."""
 
     pages: int
     page_tokens: int
