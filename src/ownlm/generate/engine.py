@@ -96,12 +96,8 @@ class Engine:
         adapter: what the answer is written with, beside the base; loaded for this engine's model.
         tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
         """
-        self.check(prompt, sampling)
+        self.check(prompt, sampling, adapter)
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
-        if adapter is not None and not isinstance(adapter.weights, self.runner.adapter_form):
-            raise UserError(
-                f"the adapter {adapter.name!r} was loaded for a model that ran elsewhere.", cure="Load it again."
-            )
         room = self.context - len(prompt)
         stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         request = next(self.ids)
@@ -127,8 +123,11 @@ class Engine:
         )
         return request
 
-    def check(self, prompt: SequenceOf[int], sampling: Sampling) -> None:
-        """Raise ContextTooLong with the counts, or UserError for an empty prompt or a token the model doesn't have."""
+    def check(self, prompt: SequenceOf[int], sampling: Sampling, adapter: Adapter | None = None) -> None:
+        """Raise ContextTooLong with the counts, or UserError for an empty prompt, a token the model doesn't have or an adapter that
+        was loaded for another runner."""
+        if adapter is not None and not isinstance(adapter.weights, self.runner.adapter_form):
+            raise UserError(f"the adapter {adapter.name!r} was loaded for another runner.", cure="Load it again.")
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(prompt) + wanted > self.context:
             raise ContextTooLong(len(prompt), wanted, self.context)
