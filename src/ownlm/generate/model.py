@@ -266,10 +266,8 @@ class Model:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        requests = {
-            engine.add(prompts[index], sampling, embeds[index] if embeds else None, adapter=chosen[index]): index
-            for index in order
-        }
+        given = embeds or [None] * len(prompts)
+        requests = {engine.add(prompts[at], sampling, given[at], adapter=chosen[at]): at for at in order}
         results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
