@@ -192,15 +192,37 @@ def serve(args: Arguments, reporter: Reporter) -> None:
     """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
     from ownlm.serve.server import serve as run
 
+    merged, named = _adapters(args.adapter)
     run(
         args.ref,
-        adapter=args.adapter,
+        adapter=merged,
+        adapters=named,
         host=args.host,
         port=args.port,
         api_keys=device.api_keys(),
+        admin_keys=device.admin_keys(),
         workspace=_workspace(reporter),
         reporter=reporter,
     )
+
+
+def _adapters(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """Of `--adapter REF` and `--adapter NAME=REF` the one to merge, and those to serve by name."""
+    merged: list[str] = []
+    named: dict[str, str] = {}
+    for word in words:
+        name, sign, ref = word.partition("=")
+        if not sign or "/" in name:  # a path may have the sign in it
+            merged.append(word)
+        elif name in named:
+            raise UserError(f"two adapters are called {name!r}.", where="--adapter", cure="Give each its own name.")
+        else:
+            named[name] = ref
+    if len(merged) > 1:
+        raise UserError(
+            "only one adapter can be merged into the model.", where="--adapter", cure="Name them: --adapter NAME=REF."
+        )
+    return (merged[0] if merged else None), named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +402,15 @@ COMMANDS: dict[str, Command] = {
         run=serve,
         arguments=(
             REF,
-            ADAPTER,
+            (
+                "--adapter",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "[NAME=]REF",
+                    "help": "serve this adapter under a name beside the model (may be given again); without a name: merge it",
+                },
+            ),
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
         ),

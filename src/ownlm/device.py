@@ -26,6 +26,11 @@ def api_keys() -> tuple[str, ...]:
     return tuple(key for key in os.environ.get("OWNLM_API_KEYS", "").split(",") if key)
 
 
+def admin_keys() -> tuple[str, ...]:
+    """The keys of who may change what a server serves: `$OWNLM_ADMIN_KEYS`, separated by commas."""
+    return tuple(key for key in os.environ.get("OWNLM_ADMIN_KEYS", "").split(",") if key)
+
+
 def hub() -> tuple[str, str | None]:
     """The address of the model hub (`$HF_ENDPOINT`) and the token for it (`$HF_TOKEN`), which never goes out in the clear."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

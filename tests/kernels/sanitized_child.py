@@ -7,6 +7,7 @@ shows that the sanitizers watch.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from references import CONFIGS, make_loud
 
 from ownlm.kernels import build, choose, library
+from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
+from ownlm.models.adapters import Learned, Pair, base_of, matching
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
@@ -41,6 +44,17 @@ def batch(lengths: list[int], first: list[int], pages_SP: np.ndarray) -> Batch:
     )
 
 
+def adapter(model: Decoder, rank: int) -> Learned:
+    """Of every layer, and of the head where there is one of its own."""
+
+    def pair(name: str) -> Pair:
+        layer = base_of(model, name)
+        return Pair(torch.ones(rank, layer.in_features), torch.ones(layer.out_features, rank), alpha=0.1, rslora=False)
+
+    whole = {} if model.lm_head is None else dict(model.lm_head.named_parameters(prefix="lm_head"))
+    return Learned(pairs={name: pair(name) for name in matching(model, "all-linear")}, whole=whole)
+
+
 def main(instruction_set: str, overrun: bool) -> None:
     build.file_name = lambda: "sanitized.so"
     assert instruction_set in library.instruction_sets(), library.missing()
@@ -55,10 +69,14 @@ def main(instruction_set: str, overrun: bool) -> None:
         for kind in KINDS:
             native = NativeDecoder(model, kind, instruction_set=instruction_set)
             cache = native.cache(pages_SP.size)
+            adapters = [NativeAdapter(native, adapter(model, rank)) for rank in (3, 33)]
             for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
                 given = batch(lengths, first, pages_SP)
                 if overrun:
                     object.__setattr__(given, "position_R", given.position_R[:1].copy())
+                chosen = np.repeat(np.array([0, 1], np.int32), lengths)
+                chosen[::3] = -1
+                given = replace(given, adapter_R=chosen, adapters=adapters)
                 logits_WV, hidden_WD = native.step(cache, given, hidden=True)
                 assert logits_WV is not None
                 assert hidden_WD is not None

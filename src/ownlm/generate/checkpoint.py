@@ -72,8 +72,7 @@ def open_checkpoint(
         )
     module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device)
     for one in adapters:
-        in_folder = (Path(one) / peft.CONFIG).is_file()
-        folder = Path(one) if in_folder else workspace.open(one, kind="adapter").path
+        folder = adapter_folder(one, workspace)[0]
         module = with_head_of(module, folder)
         peft.load_adapter(module, folder)
         merge(module)
@@ -82,6 +81,26 @@ def open_checkpoint(
     if adapter is not None:
         full_ref, digest = f"{full_ref} + {adapter}", ""
     return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest, merged=bool(adapters))
+
+
+def adapter_folder(
+    ref: str | Path, workspace: Workspace, *, base_ref: str = "", base_digest: str = ""
+) -> tuple[Path, str]:
+    """Where the files of an adapter are, and its full reference: of an artifact, or of a folder in PEFT's format.
+
+    base_ref, base_digest  the checkpoint it is for, where that is known. An artifact of another base (the checkpoint that this one was
+                           quantised from is the same) is an ArtifactError.
+    """
+    path = Path(ref)
+    if (path / peft.CONFIG).is_file() and not (path / "manifest.json").is_file():
+        return path, str(ref)
+    adapter = workspace.open(ref, kind="adapter")
+    trained_on = adapter.manifest.inputs.get("checkpoint")
+    if base_digest and trained_on is not None and trained_on["digest"] != base_digest:
+        source = workspace.open(base_ref).manifest.inputs.get("checkpoint")
+        if source is None or source["digest"] != trained_on["digest"]:
+            raise ArtifactError(f"{adapter.ref} was trained on another base, {trained_on['ref']}.", where=base_ref)
+    return adapter.path, adapter.ref
 
 
 def _unread(path: Path, dtype: torch.dtype) -> Unread | None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate.adapters import Adapter
 from ownlm.generate.drafts import Costs
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
@@ -84,6 +85,7 @@ class Engine:
         sampling: Sampling,
         embeds_TD: Tensor | None = None,
         *,
+        adapter: Adapter | None = None,
         tenant: str = "",
         priority: int = 0,
     ) -> int:
@@ -91,9 +93,10 @@ class Engine:
         `grammars` doesn't have it yet.
 
         embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
+        adapter: what the answer is written with, beside the base; loaded for this engine's model.
         tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
         """
-        self.check(prompt, sampling)
+        self.check(prompt, sampling, adapter)
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
         room = self.context - len(prompt)
         stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
@@ -112,6 +115,7 @@ class Engine:
                 stop_text=StopText(sampling.stop),
                 matcher=None if sampling.form is None else self.grammars.matcher(sampling.form),
                 embeds_TD=embeds_TD,
+                adapter=adapter,
                 tenant=tenant,
                 priority=priority,
             )
@@ -119,8 +123,11 @@ class Engine:
         )
         return request
 
-    def check(self, prompt: SequenceOf[int], sampling: Sampling) -> None:
-        """Raise ContextTooLong with the counts, or UserError for an empty prompt or a token the model doesn't have."""
+    def check(self, prompt: SequenceOf[int], sampling: Sampling, adapter: Adapter | None = None) -> None:
+        """Raise ContextTooLong with the counts, or UserError for an empty prompt, a token the model doesn't have or an adapter that
+        was loaded for another runner."""
+        if adapter is not None and not isinstance(adapter.weights, self.runner.adapter_form):
+            raise UserError(f"the adapter {adapter.name!r} was loaded for another runner.", cure="Load it again.")
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(prompt) + wanted > self.context:
             raise ContextTooLong(len(prompt), wanted, self.context)
@@ -215,9 +222,10 @@ class Engine:
         return sequence.embeds_TD is None and not sequence.echoes
 
     def _salt(self, sequence: Sequence) -> bytes:
-        """What must be equal besides the tokens: the tenant, and how positions turn in a text of this length."""
+        """What must be equal besides the tokens: the adapter, the tenant, and how positions turn in a text of this length."""
         long = any(is_long(layer.rotary, len(sequence.known)) for layer in self.model.config.layers if layer.rotary)
-        return f"{int(long)}{sequence.tenant}".encode()
+        number = "" if sequence.adapter is None else sequence.adapter.number
+        return f"{int(long)}:{number}:{sequence.tenant}".encode()
 
     def _draft(self, sequence: Sequence, rows: int) -> list[int]:
         """What this answer may say next, no longer than it may become."""

@@ -14,9 +14,10 @@ import math
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, cast, overload
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
+from ownlm.generate.adapters import Adapters, for_each
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.engine import Engine
+from ownlm.generate.prompts import Chat, Prompt, as_message, is_one
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
 from ownlm.generate.sampling import Sampling
@@ -45,16 +48,13 @@ from ownlm.models.quantize import count_weights
 from ownlm.models.unread import Unread
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.records import Completion, Message
+from ownlm.records import Completion
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import tokenizer_of
 
-Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
-Prompt: TypeAlias = str | Chat
 Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
-ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
 PACKED_SHARE = 0.5  # likewise
@@ -197,20 +197,32 @@ class Model:
         slots = max(1, slots or self.slots)
         return Engine(decoder, self.tokenizer, slots=slots, runner=self._runner(decoder, slots))
 
-    def _runner(self, decoder: Decoder, slots: int) -> Runner:
-        """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
-        free = machine.free_memory_bytes()
-        if self._native is None or self._packed != weights_state(decoder):
-            self._native = None  # before another is made
-            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < free * PACKED_SHARE:
+    @cached_property
+    def adapters(self) -> Adapters:
+        """What waits beside the model, to be chosen by `adapter=NAME`. UserError where nothing can: see `writer`."""
+        if self.sight is not None:
+            raise UserError("adapters of a model of images can only be merged.", where=self.name)
+        return Adapters(self.writer(), self._kernels, name=self.name, ref=self.ref, digest=self.digest)
+
+    def _kernels(self) -> native.NativeDecoder | None:
+        """The native kernels where they can run and there is memory for a packed copy of the weights; decided once for these weights."""
+        decoder = self.writer()
+        if self._packed != (state := weights_state(decoder)):
+            self._native, self._packed = None, state  # gone before another is made
+            room = machine.free_memory_bytes() * PACKED_SHARE
+            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < room:
                 lend = None if self._unread is None else self._unread.lend
-                self._native, self._packed = native.NativeDecoder(decoder, lend=lend), weights_state(decoder)
-                free = machine.free_memory_bytes()
-        room = int(free * CACHE_SHARE)
-        if self._native is not None:
+                self._native = native.NativeDecoder(decoder, lend=lend)
+        return self._native
+
+    def _runner(self, decoder: Decoder, slots: int) -> Runner:
+        """The native kernels, or the modules."""
+        kernels = self._kernels()
+        room = int(machine.free_memory_bytes() * CACHE_SHARE)
+        if kernels is not None:
             least = -(-self.context // native.PAGE)
-            pages = max(least, min(slots * least, room // self._native.page_bytes()))
-            return NativeRunner(self._native, decoder, pages=pages)
+            pages = max(least, min(slots * least, room // kernels.page_bytes()))
+            return NativeRunner(kernels, decoder, pages=pages)
         decoder = cast(Decoder, self.decoder)
         config, itemsize = decoder.config, decoder.dtype.itemsize
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
@@ -241,33 +253,45 @@ class Model:
         self, prompt: Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
     ) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Chat],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        **fields: Any,
     ) -> Completion | list[Completion]:
         """The completion of a prompt, or the completions of a list of prompts in their order.
 
+        adapter: of `adapters` the name of one, or of one for each prompt of a list (None: the model alone).
         Keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, … Greedy by default.
         Raises ContextTooLong, with the counts, before anything is generated.
         """
         settings = plain(as_sampling(sampling, fields))
         one = is_one(prompt)
         read = [self.read(each) for each in cast(Sequence[Prompt], [prompt] if one else prompt)]
-        rows = self.answers([each.ids for each in read], settings, [each.embeds_TD for each in read])
+        rows = self.answers([each.ids for each in read], settings, [each.embeds_TD for each in read], adapter)
         answers = [row[0] for row in rows]
         return answers[0] if one else answers
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, embeds: Sequence[Tensor | None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        embeds: Sequence[Tensor | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[list[Completion]]:
         """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches.
 
-        embeds: for each prompt what stands in for the embedding of its tokens, or None.
+        embeds: for each prompt what stands in for the embedding of its tokens, or None. adapter: as in `generate`.
         """
+        chosen = [None if name is None else self.adapters[name] for name in for_each(adapter, len(prompts))]
         engine = self.engine(min(self.slots, len(prompts) * sampling.n))
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        requests = {engine.add(prompts[index], sampling, embeds[index] if embeds else None): index for index in order}
+        given = embeds or [None] * len(prompts)
+        requests = {engine.add(prompts[at], sampling, given[at], adapter=chosen[at]): at for at in order}
         results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
@@ -276,22 +300,31 @@ class Model:
             [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
-        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | None = None, **fields: Any
+    ) -> Generator[str, None, None]:
+        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest. adapter: as in `generate`."""
         read = self.read(prompt)
-        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD):
+        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD, adapter):
             if event.text:
                 yield event.text
 
-    def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
+    def events(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        embeds_TD: Tensor | None = None,
+        adapter: str | None = None,
+    ) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
+        chosen = None if adapter is None else self.adapters[adapter]
         with self.lock:
             state = weights_state(self.shapes)
             # Also what the cache holds of earlier prompts is of the weights it was made with.
             if self._engine is None or (self._engine.idle and self._engine_state != state):
                 self._engine, self._engine_state = self.engine(min(self.slots, 8)), state
             engine = self._engine
-            request = engine.add(prompt, sampling, embeds_TD)
+            request = engine.add(prompt, sampling, embeds_TD, adapter=chosen)
             queue = self._events[request] = deque()
         open_answers = sampling.n
         try:
@@ -466,23 +499,6 @@ def weights_state(module: torch.nn.Module) -> WeightsState:
     """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
     held = (*module.parameters(), *module.buffers())
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
-
-
-def as_message(message: Message | Mapping[str, Any]) -> Message:
-    """A Message from itself or from {"role": …, "content": …}. Raises UserError."""
-    if isinstance(message, Message):
-        return message
-    if set(message) != {"role", "content"} or message["role"] not in ROLES or not isinstance(message["content"], str):
-        raise UserError(
-            f"{dict(message)!r} is not a message.",
-            cure=f'A message is {{"role": one of {", ".join(ROLES)}, "content": text}}.',
-        )
-    return Message(role=cast(Any, message["role"]), content=message["content"])
-
-
-def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
-    """True for a single prompt: a text, or a list of messages."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))
 
 
 def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:

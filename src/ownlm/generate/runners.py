@@ -5,14 +5,16 @@ Shapes: W wanted tokens of a row, V vocabulary, B rows, T tokens, D hidden.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ownlm.generate.sequence import Row
+from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
+from ownlm.models.adapters import Learned, beside
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
@@ -21,13 +23,17 @@ from ownlm.models.rotary import is_long
 class Runner(Protocol):
     """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
     more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
-    is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere."""
+    is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere.
+    adapter_form: what the weights of adapters are here."""
 
     pages: int
     page_tokens: int
     prefill_tokens: int
     exact: bool
     layers: int
+
+    @property
+    def adapter_form(self) -> type[NativeAdapter] | type[Learned]: ...
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
@@ -39,6 +45,7 @@ class TorchRunner:
 
     exact = False
     layers = 1
+    adapter_form = Learned
     prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
 
     def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
@@ -49,14 +56,21 @@ class TorchRunner:
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         states: dict[int, Tensor] = {}
         for chosen in self._batches(rows):
-            hidden_BTD = self._forward([rows[index] for index in chosen])
+            with beside(self.model, [_learned(rows[index]) for index in chosen]):
+                hidden_BTD = self._forward([rows[index] for index in chosen])
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 count = len(rows[index].tokens)
                 states[index] = hidden_TD[count - rows[index].wanted : count]
         # One product for all that is wanted.
         hidden_WD = torch.cat([states[index] for index in range(len(rows))])
-        logits_WV = self.model.logits(hidden_WD).float()
-        return list(torch.split(logits_WV, [row.wanted for row in rows]))
+        logits = list(torch.split(self.model.logits(hidden_WD).float(), [row.wanted for row in rows]))
+        for index, row in enumerate(rows):
+            learned = _learned(row)
+            if learned is not None and learned.head is not None:
+                weight, bias = learned.head
+                own = weight.to(hidden_WD.dtype), None if bias is None else bias.to(hidden_WD.dtype)
+                logits[index] = self.model.logits(states[index], own).float()
+        return logits
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
@@ -94,6 +108,7 @@ class NativeRunner:
     """The native kernels. `model` is asked for the embedding of tokens beside images."""
 
     exact = True
+    adapter_form = NativeAdapter
     page_tokens = PAGE
     prefill_tokens = 512
 
@@ -113,6 +128,9 @@ class NativeRunner:
         within = np.concatenate([np.arange(length) for length in lengths])
         wanted = within >= np.repeat([len(row.tokens) - row.wanted for row in rows], lengths)
         partial = rows[-1].layers
+        chosen = [row.sequence.adapter for row in rows]
+        adapters = list(dict.fromkeys(adapter for adapter in chosen if adapter is not None))
+        numbers = [-1 if adapter is None else adapters.index(adapter) for adapter in chosen]
         batch = Batch(
             token_R=np.fromiter((token for row in rows for token in row.tokens), np.int32, sum(lengths)),
             sequence_R=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
@@ -123,6 +141,8 @@ class NativeRunner:
             embeds_RD=self._embeds(rows),
             partial=0 if partial is None else lengths[-1],
             layers=partial or range(0),
+            adapter_R=np.repeat(np.array(numbers, np.int32), lengths) if adapters else None,
+            adapters=[cast(NativeAdapter, adapter.weights) for adapter in adapters],
         )
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None
@@ -140,6 +160,10 @@ class NativeRunner:
             embeds = _embeds(self.model, [row], tokens_1T)
             each.append((self.model.embed(tokens_1T) if embeds is None else embeds)[0].float())
         return torch.cat(each).contiguous().numpy()
+
+
+def _learned(row: Row) -> Learned | None:
+    return None if row.sequence.adapter is None else cast(Learned, row.sequence.adapter.weights)
 
 
 def _embeds(model: Decoder, rows: Sequence[Row], tokens_BT: Tensor) -> Tensor | None:

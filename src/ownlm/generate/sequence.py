@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ownlm.generate.adapters import Adapter
 from ownlm.generate.drafts import Echoes
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
@@ -53,6 +54,7 @@ class Sequence:
     matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
     said: Echoes = field(default_factory=Echoes)
+    adapter: Adapter | None = None
     tenant: str = ""
     priority: int = 0
     pages: list[int] = field(default_factory=list)

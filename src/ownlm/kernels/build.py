@@ -27,7 +27,7 @@ ARM = {
     "isa_neondot": ("-march=armv8.2-a+dotprod",),
     "isa_neon": (),
 }
-COMMON = {"isa_plain": ("-O2", "-Wno-psabi"), "step": (), "pack": (), "api": (), "supported": ()}
+COMMON = {"isa_plain": ("-O2", "-Wno-psabi"), "step": (), "lora": (), "pack": (), "api": (), "supported": ()}
 
 
 def units(machine: str) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
 from ownlm.models.specs import LongRope, Rotary
+
+if TYPE_CHECKING:
+    from ownlm.kernels.adapters import NativeAdapter
 
 KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
 KV = Literal["f32", "bf16", "int8"]  # of keys and values
@@ -74,7 +77,8 @@ class Batch:
     """Rows of one step, int32 each: `pages_SP` are the page numbers of each sequence, `wanted_R` marks the rows whose logits are
     asked for, `long_R` those whose text is beyond the original context of a LongRope; `embeds_RD` stands in for embeddings.
     The last `partial` rows go through `layers` only: those that begin after the first layer go on from where the step before
-    left them. None of them may be wanted before the last layer."""
+    left them. None of them may be wanted before the last layer.
+    `adapter_R` says which of `adapters` a row is computed with, -1: none; None: none for all."""
 
     token_R: NDArray[np.int32]
     sequence_R: NDArray[np.int32]
@@ -85,6 +89,8 @@ class Batch:
     embeds_RD: NDArray[np.float32] | None = None
     partial: int = 0
     layers: range = range(0)
+    adapter_R: NDArray[np.int32] | None = None
+    adapters: "Sequence[NativeAdapter]" = ()
 
 
 class NativeDecoder:
@@ -116,7 +122,7 @@ class NativeDecoder:
         threads = device.threads(torch.get_num_threads())
         self._handle = ctypes.c_void_p(found.ownlm_new(ctypes.byref(spec), self.instruction_set.encode(), threads))
         if not self._handle:
-            raise _no_memory()
+            raise no_memory()
         for index, rotary in enumerate(rotaries):
             self._rotary(index, rotary)
         with torch.no_grad():
@@ -159,6 +165,7 @@ class NativeDecoder:
         hidden_WD = torch.empty(wanted, self.config.hidden_size) if hidden else None
         arrays = [batch.token_R, batch.sequence_R, batch.position_R, batch.wanted_R, batch.long_R]
         assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (*arrays, batch.pages_SP))
+        adapters = (ctypes.c_void_p * len(batch.adapters))(*(adapter.handle.value for adapter in batch.adapters))
         rows = lib.Rows(
             len(batch.token_R),
             batch.pages_SP.shape[1],
@@ -170,9 +177,12 @@ class NativeDecoder:
             batch.pages_SP.ctypes.data,
             None if logits_WV is None else logits_WV.data_ptr(),
             None if hidden_WD is None else hidden_WD.data_ptr(),
+            None if batch.adapter_R is None else batch.adapter_R.ctypes.data,
+            ctypes.addressof(adapters),
+            len(batch.adapters),
         )
         if self._lib.ownlm_step(self._handle, cache.handle, ctypes.byref(rows)):
-            raise _no_memory()
+            raise no_memory()
         return None if logits_WV is None else logits_WV[:, : self.config.vocab_size], hidden_WD
 
     # ---- packing
@@ -222,12 +232,12 @@ class NativeDecoder:
         if attention.sinks is not None:
             self._vector(index, SINKS, attention.sinks)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads = [by_row(weight_of(projection), self._by_head) for projection in projections]
+        heads = [by_row(weight_of(projection), self.by_head) for projection in projections]
         self._matrix(
             index,
             QKV,
             heads,
-            bias=[self._by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
+            bias=[self.by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
         )
         self._out(index, attention.o_proj)
         if isinstance(mlp, MLP):
@@ -258,10 +268,10 @@ class NativeDecoder:
             if not isinstance(weight, Tensor):
                 # The padding of heads moves inputs into other groups, whose scales no codes fit.
                 weight, kind = weight.tensor(), "bf16"
-            weight = self._by_head(weight.T).T
+            weight = self.by_head(weight.T).T
         self._matrix(index, OUT, [weight], bias=_biases(o_proj), kind=kind)
 
-    def _by_head(self, weight_OI: Tensor) -> Tensor:
+    def by_head(self, weight_OI: Tensor) -> Tensor:
         """Each head's outputs, padded with zeros to whole lanes."""
         if self.padded_head == self.head_dim:
             return weight_OI
@@ -283,7 +293,7 @@ class NativeDecoder:
         whole = None if bias is None else torch.cat([part.float() for part in bias]).contiguous()
         address = None if whole is None else whole.data_ptr()
         if self._lib.ownlm_matrix(self._handle, layer, slot, expert, KINDS[kind], rows, columns, address):
-            raise _no_memory()
+            raise no_memory()
         first = 0
         for part in parts:
             for count, source, values, scales in pieces(part):
@@ -326,7 +336,7 @@ class PagedCache:
         self.decoder, self.pages, self.kv = decoder, pages, kv
         self.handle = ctypes.c_void_p(decoder._lib.ownlm_cache_new(decoder._handle, KINDS[kv], pages))
         if not self.handle:
-            raise _no_memory()
+            raise no_memory()
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -358,7 +368,7 @@ def _biases(linear: Any) -> list[Tensor] | None:
     return None if linear.bias is None else [linear.bias]
 
 
-def _no_memory() -> UserError:
+def no_memory() -> UserError:
     return UserError(
         "there is not enough memory for the model's packed weights or its cache.",
         cure="Use a smaller context or fewer slots.",

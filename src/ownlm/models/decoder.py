@@ -160,9 +160,10 @@ class Decoder(nn.Module):
         assert self.head is None, f"this model has a head for {self.task}"
         return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        logits = nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
+    def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """(…, D) -> (…, V) in fp32, the product in the weights' dtype. `head`: weight and bias in place of the model's."""
+        weight, bias = head or (self.head_weight, self.head_bias)
+        logits = nn.functional.linear(self.head_input(hidden), weight, bias).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -24,6 +24,7 @@ from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, read_header, read_tensors, write_tensors
 from ownlm.models.adapters import (
     Adapted,
+    Learned,
     Pair,
     adaptable,
     adapters,
@@ -152,13 +153,25 @@ def save_adapter(model: Any, directory: Path | str, *, name: str = "default", ba
 
 
 def load_adapter(model: Any, directory: Path | str, *, name: str = "default") -> None:
-    """Hang an adapter in PEFT's format on the model and choose it. The base stays as it is.
+    """Hang an adapter in PEFT's format on the model and choose it. The base stays as it is. Raises what `read_adapter` does."""
+    check_name(name)
+    learned = read_adapter(model, directory)
+    for layer, pair in learned.pairs.items():
+        attach(model, layer, name, pair)
+    with torch.no_grad():
+        for key, tensor in learned.whole.items():
+            module, _, parameter = key.rpartition(".")
+            getattr(copy_module(model, module, name), parameter).copy_(tensor)
+    use_adapter(model, name)
+
+
+def read_adapter(model: Any, directory: Path | str) -> Learned:
+    """An adapter in PEFT's format, for a model that isn't touched. In float32, on the CPU.
 
     Raises NotFound, UserError (a kind of adapter or an option we don't compute, by name) and ArtifactError (damaged
     file; tensors that don't fit the model).
     """
     root = Path(directory)
-    check_name(name)
     config = read_config(root)
     entries = read_header(root / TENSORS)
     names = Names(model)
@@ -186,26 +199,24 @@ def load_adapter(model: Any, directory: Path | str, *, name: str = "default") ->
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise ArtifactError("; ".join(faults[:5]) + more + ".", where=str(root))
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor, _ in read_tensors(root / TENSORS, entries)}
+    pairs: dict[str, Pair] = {}
     for module, keys in found.items():
         stored = cast(Stored, names.named(module, names.layers))
         A, B = tensors[keys["A"]], _laid_out(tensors[keys["B"]], stored, to_ours=True)
         sizes = [names.shapes[part][0] for part, _ in stored.parts]
+        alpha = float(_pattern(config, "alpha_pattern", module, "lora_alpha"))
         for (part, _), rows in zip(stored.parts, torch.split(B, sizes), strict=True):
-            pair = Pair(
-                A.clone(),
-                rows.clone(),
-                alpha=float(_pattern(config, "alpha_pattern", module, "lora_alpha")),
-                rslora=bool(config.get("use_rslora")),
-            )
-            attach(model, part.removesuffix(".weight"), name, pair)
-    with torch.no_grad():
-        for key, stored in whole.items():
-            targets = {}
-            for part, _ in stored.parts:
-                module, _, parameter = part.rpartition(".")
-                targets[part] = getattr(copy_module(model, module, name), parameter)
-            stored.place(tensors[key], targets)
-    use_adapter(model, name)
+            pair = Pair(A.clone(), rows.clone(), alpha=alpha, rslora=bool(config.get("use_rslora")))
+            pairs[part.removesuffix(".weight")] = pair
+    parameters: dict[str, Tensor] = {}
+    for key, stored in whole.items():
+        for part, index in stored.parts:
+            if part not in parameters:
+                # Of stacked experts the file may hold some only; the others stay as they are.
+                own = torch.empty(names.shapes[part]) if index is None else model.get_parameter(part).detach()
+                parameters[part] = own.to("cpu", torch.float32, copy=True)
+        stored.place(tensors[key], parameters)
+    return Learned(pairs=pairs, whole=parameters)
 
 
 def read_config(root: Path) -> dict[str, Any]:

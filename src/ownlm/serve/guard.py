@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ownlm.errors import UserError
 
-Access: TypeAlias = Literal["public", "key"]
+Access: TypeAlias = Literal["public", "key", "admin"]
 
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16_384
@@ -72,7 +72,9 @@ def check_access(routes: Sequence[BaseRoute], declared: dict[str, Access]) -> No
     open_routes = [route for route in routes if not isinstance(route, Route) or route.path not in declared]
     if open_routes:
         names = ", ".join(str(getattr(route, "path", route)) for route in open_routes)
-        raise UserError(f"no access policy is declared for {names}.", where="routes", cure='Declare "public" or "key".')
+        raise UserError(
+            f"no access policy is declared for {names}.", where="routes", cure='Declare "public", "key" or "admin".'
+        )
 
 
 def host_allowed(host: str, allowed: Collection[str]) -> bool:
@@ -105,11 +107,13 @@ class Guard:
         routes: Sequence[BaseRoute],
         access: dict[str, Access],
         keys: Keys,
+        admin_keys: Keys,
         allowed_hosts: Collection[str],
         allowed_origins: Collection[str],
         max_body_bytes: int,
     ) -> None:
-        self.app, self.routes, self.access, self.keys = app, routes, access, keys
+        self.app, self.routes, self.access = app, routes, access
+        self.keys, self.admin_keys = keys, admin_keys
         self.allowed_hosts = {name.lower() for name in allowed_hosts}
         self.allowed_origins = {origin.lower().rstrip("/") for origin in allowed_origins}
         self.max_body_bytes = max_body_bytes
@@ -168,10 +172,17 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and origin not in {f"{scope['scheme']}://{host}".lower(), *self.allowed_origins}:
             return 403, "Requests from other pages are not allowed.", "origin_not_allowed"
-        if self.policy(scope) == "key":
+        policy = self.policy(scope)
+        if policy == "key":
             scope["key_id"] = key_id = self.keys.find(headers.get(b"authorization", b"").decode("latin-1"))
             if self.keys.required and key_id is None:
                 return 401, "This server needs an API key: Authorization: Bearer KEY.", "invalid_api_key"
+        if policy == "admin" and (self.keys.required or self.admin_keys.required):
+            if not self.admin_keys.required:
+                return 403, "This server was started without OWNLM_ADMIN_KEYS: nobody may do that.", "no_admin_keys"
+            scope["key_id"] = self.admin_keys.find(headers.get(b"authorization", b"").decode("latin-1"))
+            if scope["key_id"] is None:
+                return 401, "This needs an administrator's key: Authorization: Bearer KEY.", "invalid_admin_key"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15:
             return 400, "Content-Length is not a number.", "invalid_header"

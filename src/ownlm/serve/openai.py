@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ownlm.generate.adapters import Adapter
 from ownlm.generate.sampling import Token
 from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
@@ -22,9 +23,10 @@ from ownlm.serve.worker import EngineFault
 Entry = tuple[int, Token]  # where a token's text starts, and the token
 
 
-def model_card(service: Service) -> dict[str, Any]:
-    """A model as /v1/models tells it; `max_model_len` is vLLM's name for the context."""
-    return {
+def model_card(service: Service, adapter: Adapter | None = None) -> dict[str, Any]:
+    """The model, or an adapter of it, as /v1/models tells it; `max_model_len` and `parent` are vLLM's names for the context and for
+    an adapter's base."""
+    card = {
         "id": service.model.name,
         "object": "model",
         "created": service.started,
@@ -32,28 +34,33 @@ def model_card(service: Service) -> dict[str, Any]:
         "max_model_len": service.model.context,
         "ref": service.model.ref,
     }
+    own = {} if adapter is None else {"id": adapter.name, "ref": adapter.ref, "parent": service.model.name}
+    return card | own
 
 
 async def models(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": [model_card(exchange.service)]})
+    service = exchange.service
+    return JSONResponse(
+        {"object": "list", "data": [model_card(service, adapter) for adapter in (None, *service.adapters())]}
+    )
 
 
 async def model(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models/{id}"""
-    exchange.service.check_model(request.path_params["id"])
-    return JSONResponse(model_card(exchange.service))
+    adapter = exchange.service.chosen(request.path_params["id"])
+    return JSONResponse(model_card(exchange.service, adapter))
 
 
 async def chat_completions(exchange: Exchange, request: Request) -> Response:
     """POST /v1/chat/completions"""
     wire = parse(ChatRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
+    adapter = service.chosen(wire.model)
     sampling = await service.prepared(wire.sampling())
-    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling)
+    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling, adapter=adapter)
     head = {"id": f"chatcmpl-{exchange.id}", "created": int(time.time()), "model": wire.model}
-    if service.model.digest:
+    if service.model.digest and adapter is None:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
 
     def entries(tokens: list[Entry]) -> dict[str, Any] | None:
@@ -97,16 +104,16 @@ async def completions(exchange: Exchange, request: Request) -> Response:
     """POST /v1/completions"""
     wire = parse(CompletionRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
+    adapter = service.chosen(wire.model)
     given = wire.prompts()
     prompts = [await service.tokens(prompt) for prompt in given]
-    exchange.submit(prompts, await service.prepared(wire.sampling()))
+    exchange.submit(prompts, await service.prepared(wire.sampling()), adapter=adapter)
     decode = service.model.tokenizer.decode
     echoed = [
         (prompt if isinstance(prompt, str) else decode(prompt, special=True)) if wire.echo else "" for prompt in given
     ]
     head = {"id": f"cmpl-{exchange.id}", "object": "text_completion", "created": int(time.time()), "model": wire.model}
-    if service.model.digest:
+    if service.model.digest and adapter is None:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
 
     def body(index: int, text: str, tokens: list[Entry], first: Event | None, reason: str | None) -> dict[str, Any]:
@@ -142,7 +149,9 @@ async def embeddings(exchange: Exchange, request: Request) -> Response:
     """POST /v1/embeddings"""
     wire = parse(EmbeddingRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
+    if service.chosen(wire.model) is not None:
+        message = f"{wire.model!r} is an adapter, which writes. Embeddings are made by {service.model.name!r}."
+        raise BadRequest(message, param="model")
     size = service.model.shapes.config.hidden_size
     if wire.dimensions not in {None, size}:
         raise BadRequest(f"This model's embeddings have {size} dimensions.", param="dimensions")

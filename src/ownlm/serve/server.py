@@ -3,7 +3,7 @@
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -25,9 +25,11 @@ def serve(
     ref: str | Path | Model,
     *,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: Collection[str] = (),
+    admin_keys: Collection[str] = (),
     allowed_hosts: Collection[str] = (),
     allowed_origins: Collection[str] = (),
     workspace: Workspace | None = None,
@@ -39,12 +41,14 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
-    adapter  merged into a model that is named, as in `load`
-    ready    called with the running server and its address once it answers; `server.should_exit = True` ends it
+    adapter     merged into a model that is named, as in `load`
+    adapters    by name, to be asked for as models beside it; more may come and go over HTTP
+    admin_keys  who may load and unload adapters, see `create_app`
+    ready       called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
     """
     reporter = reporter or Reporter.silent()
-    Keys(api_keys)
+    Keys(api_keys), Keys(admin_keys)
     if not api_keys and not is_loopback(host):
         raise UserError(
             f"{host} can be reached from other machines, and there is no API key.",
@@ -54,16 +58,20 @@ def serve(
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home(), reporter)
         model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
+        for name, one in (adapters or {}).items():
+            model.adapters.load(name, one, workspace=workspace)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,
                 api_keys=api_keys,
+                admin_keys=admin_keys,
                 allowed_hosts=allowed_hosts,
                 allowed_origins=allowed_origins,
                 slots=slots,
                 max_waiting=max_waiting,
                 record=catalog.record_requests,
                 record_text=record_text,
+                workspace=workspace,
             )
             config = uvicorn.Config(
                 app,
@@ -109,7 +117,10 @@ def announce(
     reporter.line(f"{model.ref} answers at {address}  (chat page; Ctrl-C stops)")
     reporter.line(f"  OpenAI     base_url={address}/v1  model={model.name}")
     reporter.line(f"  Replicate  REPLICATE_BASE_URL={address}  model=ownlm/{model.name}")
-    reporter.event("serving", address=address, model=model.ref)
+    loaded = [] if model.sight is not None else model.adapters.all()
+    for one in loaded:
+        reporter.line(f"  adapter    model={one.name}  ({one.ref})")
+    reporter.event("serving", address=address, model=model.ref, adapters={one.name: one.ref for one in loaded})
     if ready is not None:
         ready(server, address)
 

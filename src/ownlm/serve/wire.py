@@ -245,6 +245,22 @@ class EmbeddingRequest(Wire):
         return each(self.input)
 
 
+class LoadAdapter(Wire):
+    """POST /v1/load_lora_adapter, as vLLM has it. `lora_path` is a reference, or a folder that PEFT wrote."""
+
+    lora_name: Text
+    lora_path: Text
+    load_inplace: Flag = False  # it may take the place of one of that name
+
+
+class UnloadAdapter(Wire):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"lora_int_id": ()}
+
+    lora_name: Text
+
+
 class PredictionInput(Choosing):
     """The `input` of a Replicate prediction, with the names that language models have there.
 

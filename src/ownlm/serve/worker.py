@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
+from ownlm.generate.adapters import Adapter
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.sampling import Sampling
@@ -73,15 +74,22 @@ class Worker:
     def alive(self) -> bool:
         return self.thread.is_alive()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tenant: str = "") -> Ticket:
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        adapter: Adapter | None = None,
+        tenant: str = "",
+    ) -> Ticket:
         """Queue the prompts of a tenant. Raises ContextTooLong or UserError at once, in the caller's thread."""
         for prompt in prompts:
-            self.engine.check(prompt, sampling)
+            self.engine.check(prompt, sampling, adapter)
         ticket = Ticket(prompts, sampling)
 
         def begin() -> None:
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(prompt, sampling, tenant=tenant)
+                request = self.engine.add(prompt, sampling, adapter=adapter, tenant=tenant)
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 
@@ -119,6 +127,7 @@ class Worker:
                 if command is None:
                     return
                 command()
+                del command  # with all that it holds, such as an adapter
             try:
                 events = self.engine.step()
             except Exception as fault:  # noqa: BLE001  (a broken step must not end the server)

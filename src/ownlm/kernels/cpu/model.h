@@ -77,6 +77,8 @@ struct Layer {
     const float* sinks = nullptr;
 };
 
+struct Adapter;  // lora.h
+
 struct Rows {
     int32_t count, pages_of_each;
     int32_t partial, from_layer, to_layer;  // the last `partial` rows go through layers [from_layer, to_layer) only
@@ -84,6 +86,9 @@ struct Rows {
     const float* embeds;  // (count, D) in place of embeddings, or none
     const int32_t* pages; // (sequences, pages_of_each)
     float *logits, *hidden;  // (wanted rows, V rounded up to 16), (wanted rows, D); either may be none
+    const int32_t* adapter;  // of each row which of `adapters`, -1: none; or none for all
+    const Adapter* const* adapters;
+    int64_t adapter_count;
 };
 
 struct Buffer {
@@ -136,6 +141,9 @@ struct Model {
     Buffer x, h, y, qkv, a, up, act, last, router, expert;
     Prepared first_in, second_in, inner_in, router_in;
     std::vector<Scratch> scratch;
+    std::vector<float> low;  // these three: of adapters
+    std::vector<Prepared> adapter_in;
+    std::vector<std::vector<float>> adapter_out;
 };
 
 // How four or eight bits of a group of 32 columns stand: int8, signed; four bits, value + 8, in pairs of neighbours with the even column
