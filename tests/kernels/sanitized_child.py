@@ -6,7 +6,9 @@ The library is $XDG_CACHE_HOME/ownlm/sanitized.so. With `overrun` a step is told
 shows that the sanitizers watch.
 """
 
+import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +19,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from references import CONFIGS, make_loud
 
+from ownlm.formats.ggml import Blocks
+from ownlm.formats.ggml_encode import quantize
 from ownlm.kernels import build, choose, library
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
 from ownlm.models.adapters import Learned, Pair, base_of, matching
+from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.models.quantize import QuantizedLinear
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -55,6 +61,19 @@ def adapter(model: Decoder, rank: int) -> Learned:
     return Learned(pairs={name: pair(name) for name in matching(model, "all-linear")}, whole=whole)
 
 
+def integers(model: Decoder, instruction_set: str) -> Iterator[NativeDecoder]:
+    """The model in codes, and in blocks of a GGUF file where rows are whole ones."""
+    for to, type in (("int8", "Q8_0"), ("int4", "Q4_0"), ("int8", "Q5_0")):
+        coded = copy.deepcopy(model)
+        quantize_decoder(coded, to)  # type: ignore[arg-type]
+        yield NativeDecoder(coded, instruction_set=instruction_set)
+        for module in coded.modules():
+            if isinstance(module, QuantizedLinear) and module.in_features % 32 == 0:
+                weight = module.dequantized(torch.float32)
+                module.blocks = Blocks(type, torch.cat(list(quantize(type, weight))).flatten(), tuple(weight.shape))
+        yield NativeDecoder(coded, instruction_set=instruction_set)
+
+
 def main(instruction_set: str, overrun: bool) -> None:
     build.file_name = lambda: "sanitized.so"
     assert instruction_set in library.instruction_sets(), library.missing()
@@ -66,8 +85,8 @@ def main(instruction_set: str, overrun: bool) -> None:
         model = family.build(config, CONFIGS[name])
         make_loud(model)
         assert isinstance(model, Decoder)
-        for kind in KINDS:
-            native = NativeDecoder(model, kind, instruction_set=instruction_set)
+        packed = [NativeDecoder(model, kind, instruction_set=instruction_set) for kind in KINDS]
+        for native in (*packed, *integers(model, instruction_set)):
             cache = native.cache(pages_SP.size)
             adapters = [NativeAdapter(native, adapter(model, rank)) for rank in (3, 33)]
             for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
@@ -80,7 +99,7 @@ def main(instruction_set: str, overrun: bool) -> None:
                 logits_WV, hidden_WD = native.step(cache, given, hidden=True)
                 assert logits_WV is not None
                 assert hidden_WD is not None
-                assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, kind)
+                assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, native.kind)
                 choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
 
 

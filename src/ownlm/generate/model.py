@@ -39,6 +39,7 @@ from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.kernels import native
+from ownlm.kernels.sources import WeightsState, weights_state
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
@@ -54,7 +55,6 @@ from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import tokenizer_of
 
 Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
-WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
 PACKED_SHARE = 0.5  # likewise
@@ -161,13 +161,9 @@ class Model:
         maybe without weights.)"""
         with self.lock:
             if self._unread is not None:
-                before = weights_state(self.shapes)
                 self.shapes, self._unread = self._unread.read(), None
-                # The packed copy and the cache are of these very weights.
-                now = weights_state(self.shapes)
-                self._packed, self._engine_state = (
-                    now if state == before else state for state in (self._packed, self._engine_state)
-                )
+                # The packed copy and the cache, where they are there, are of these very weights.
+                self._packed = self._engine_state = weights_state(self.shapes)
             return self.shapes
 
     @property
@@ -493,12 +489,6 @@ class Model:
             return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
         positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
-
-
-def weights_state(module: torch.nn.Module) -> WeightsState:
-    """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
-    held = (*module.parameters(), *module.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
 
 
 def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:

@@ -17,6 +17,7 @@ from ownlm.models.recode import exactly, recode, scheme_of, widened
 
 Kind = Literal["f32", "bf16", "int8", "int4"]
 Weight: TypeAlias = Tensor | Codes | Blocks
+WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 # `Source` of cpu/api.cpp.
 FLOATS, BF16S, CODES = 0, 1, 2
 AS_THEY_LIE = {"Q8_0": 3, "Q4_0": 4}
@@ -93,3 +94,9 @@ def pieces(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     for at in range(0, len(weight), step):
         values = weight[at : at + step].detach()
         yield len(values), source, (values if source else values.float()).contiguous(), None
+
+
+def weights_state(module: nn.Module) -> WeightsState:
+    """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
+    held = (*module.parameters(), *module.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
