@@ -61,8 +61,9 @@ void products(const Kernels& kernels, const Kernels& plain) {
     constexpr int N = 40, K = 96, ROWS = 13;
     const Floats weights = normal(N * K, 1), x = normal(ROWS * K, 2), bias = normal(48, 3);
     for (Kind kind : {F32, BF16, INT8, INT4}) {
+        Arena arena;
         Packed packed;
-        allocate(packed, kind, N, K);
+        allocate(arena, packed, kind, N, K);
         pack_floats(packed, 0, N, weights.data());
         packed.bias = bias.data();
         const auto run = [&](const Kernels& by, int rows) {

@@ -52,9 +52,9 @@ def main(instruction_set: str, overrun: bool) -> None:
         model = family.build(config, CONFIGS[name])
         make_loud(model)
         assert isinstance(model, Decoder)
-        for kind in KINDS:
+        for kind, kv in [*((kind, None) for kind in KINDS), ("bf16", "int8")]:
             native = NativeDecoder(model, kind, instruction_set=instruction_set)
-            cache = native.cache(pages_SP.size)
+            cache = native.cache(pages_SP.size, kv)
             for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
                 given = batch(lengths, first, pages_SP)
                 if overrun:
