@@ -199,6 +199,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
         adapters=named,
         host=args.host,
         port=args.port,
+        kv=args.kv,
         api_keys=device.api_keys(),
         admin_keys=device.admin_keys(),
         workspace=_workspace(reporter),
@@ -413,6 +414,13 @@ COMMANDS: dict[str, Command] = {
             ),
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
+            (
+                "--kv",
+                {
+                    "choices": ("f32", "bf16", "int8"),
+                    "help": "how keys and values are kept; int8 takes half the memory of bf16",
+                },
+            ),
         ),
     ),
 }

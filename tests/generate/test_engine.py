@@ -15,7 +15,7 @@ from ownlm.generate.engine import Engine, Pace
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event, Row
-from ownlm.kernels.native import NativeDecoder, unsupported
+from ownlm.kernels.native import KV, NativeDecoder, unsupported
 from tiny import tiny_model
 
 MODEL = tiny_model()
@@ -187,14 +187,15 @@ def test_bfloat16_weights_generate() -> None:
     assert model.generate("hello", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
 
 
-RUNNERS = ["modules", *(["native"] if unsupported(MODEL.decoder) is None else [])]
+RUNNERS = ["modules", *(["native int8", "native"] if unsupported(MODEL.decoder) is None else [])]
 
 
 def small_engine(runner: str, pages: int = 6) -> Engine:
     """Three answers at a time; natively over so few pages that not all of them can be long."""
     if runner == "modules":
         return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16)
-    native = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages)
+    kv: KV | None = "int8" if runner == "native int8" else None
+    native = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages, kv=kv)
     return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16, runner=native)
 
 
@@ -291,15 +292,15 @@ def test_answers_that_lost_their_pages_go_on_where_they_were(runner: str) -> Non
     assert crowded.preemptions > 0 or runner == "modules"
 
 
-@pytest.mark.skipif(RUNNERS[-1] != "native", reason="no native kernels here")
-def test_a_shared_beginning_is_read_once_and_never_across_tenants() -> None:
-    engine = small_engine("native", pages=40)
+@pytest.mark.parametrize("runner", RUNNERS[1:])
+def test_a_shared_beginning_is_read_once_and_never_across_tenants(runner: str) -> None:
+    engine = small_engine(runner, pages=40)
     engine.prefill_tokens = 512  # the whole prompt in the step that also ends the answer
     prefix, sampling = (
         [65] * 64,
         Sampling(max_tokens=1, stop_ids=frozenset()),
     )  # over with the step that reads the prompt
-    alone = [tokens(run(small_engine("native"), [([*prefix, 66 + i], sampling)])[0]) for i in range(2)]
+    alone = [tokens(run(small_engine(runner), [([*prefix, 66 + i], sampling)])[0]) for i in range(2)]
     first = run(engine, [([*prefix, 66], sampling)])[0]
     assert engine.reused_tokens == 0
     assert [tokens(first), tokens(run(engine, [([*prefix, 67], sampling)])[0])] == alone

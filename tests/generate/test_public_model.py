@@ -12,7 +12,9 @@ from ownlm.artifact import Workspace
 from ownlm.errors import ArtifactError, ContextTooLong, NotFound, UserError
 from ownlm.generate.chat import chat
 from ownlm.generate.model import Model, load
+from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
+from ownlm.kernels import native
 from ownlm.models.weights import save_model
 from ownlm.records import Completion, Message
 from tiny import tiny_model
@@ -125,6 +127,21 @@ def test_the_cache_fits_into_memory_and_always_holds_one_answer(monkeypatch: pyt
     monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
     pool = MODEL.engine(8).pool
     assert pool.count * pool.size == 128
+
+
+def test_keys_and_values_are_kept_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    if native.unsupported(model.decoder) is None:
+        model.kv = "int8"
+        runner = model.engine(2).runner
+        assert isinstance(runner, NativeRunner)
+        assert runner.cache.kv == "int8"
+        assert model.generate("once upon a time", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
+    without = tiny_model()
+    without.kv = "int8"
+    monkeypatch.setattr(native, "unsupported", lambda model: "there is no compiler")
+    with pytest.raises(UserError, match=r"kv=int8.*there is no compiler"):
+        without.engine(2)
 
 
 def test_changed_weights_are_what_generates() -> None:

@@ -61,8 +61,9 @@ void products(const Kernels& kernels, const Kernels& plain) {
     constexpr int N = 40, K = 96, ROWS = 13;
     const Floats weights = normal(N * K, 1), x = normal(ROWS * K, 2), bias = normal(48, 3);
     for (Kind kind : {F32, BF16, INT8, INT4}) {
+        Arena arena;
         Packed packed;
-        allocate(packed, kind, N, K);
+        allocate(arena, packed, kind, N, K);
         pack_floats(packed, 0, N, weights.data());
         packed.bias = bias.data();
         const auto run = [&](const Kernels& by, int rows) {
@@ -92,7 +93,7 @@ struct Case {
 };
 
 void attention(const Kernels& kernels, const Kernels& plain) {
-    constexpr int D = 48, GROUPED = 3, LENGTH = 101, COUNT = 5, PAGES = 4;
+    constexpr int D = 48, GROUPED = 2, LENGTH = 101, COUNT = 5, PAGES = 4;
     const Floats keys = normal(LENGTH * D, 4), values = normal(LENGTH * D, 5), q = normal(COUNT * GROUPED * D, 6, 2), sinks = normal(GROUPED, 7);
     const int32_t pages[] = {2, 0, 3, 1};
     const Case cases[] = {{"alone", 1, LENGTH - 1, 0, 0, false}, {"a prompt", COUNT, LENGTH - COUNT, 0, 0, false}, {"a beginning", COUNT, 0, 0, 0, false},

@@ -86,8 +86,9 @@ def main(instruction_set: str, overrun: bool) -> None:
         make_loud(model)
         assert isinstance(model, Decoder)
         packed = [NativeDecoder(model, kind, instruction_set=instruction_set) for kind in KINDS]
-        for native in (*packed, *integers(model, instruction_set)):
-            cache = native.cache(pages_SP.size)
+        codes = [(native, "int8") for native in packed if native.kind == "bf16"]
+        for native, kv in [*((one, None) for one in (*packed, *integers(model, instruction_set))), *codes]:
+            cache = native.cache(pages_SP.size, kv)
             adapters = [NativeAdapter(native, adapter(model, rank)) for rank in (3, 33)]
             for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
                 given = batch(lengths, first, pages_SP)

@@ -128,7 +128,11 @@ def load_decoder(
 
 
 class Model:
-    """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time."""
+    """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time.
+
+    kv  how engines made from now on keep keys and values: "f32", "bf16", or "int8" in half the memory of bf16; None: f32 beside
+        float32 weights, else bf16. Only the native kernels have a choice.
+    """
 
     def __init__(
         self,
@@ -139,6 +143,7 @@ class Model:
         ref: str = "",
         digest: str = "",
         slots: int = SLOTS,
+        kv: native.KV | None = None,
         sight: Sight | None = None,
         unread: Unread | None = None,
     ) -> None:
@@ -147,7 +152,7 @@ class Model:
         self._unread = unread
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
-        self.slots = slots
+        self.slots, self.kv = slots, kv
         self.lock = threading.RLock()
         self._engine: Engine | None = None
         self._native: native.NativeDecoder | None = None
@@ -217,8 +222,15 @@ class Model:
         room = int(machine.free_memory_bytes() * CACHE_SHARE)
         if kernels is not None:
             least = -(-self.context // native.PAGE)
-            pages = max(least, min(slots * least, room // kernels.page_bytes()))
-            return NativeRunner(kernels, decoder, pages=pages)
+            pages = max(least, min(slots * least, room // kernels.page_bytes(self.kv)))
+            return NativeRunner(kernels, decoder, pages=pages, kv=self.kv)
+        if self.kv is not None:
+            reason = native.unsupported(decoder) or "there is no memory for a packed copy of the weights"
+            raise UserError(
+                f"only the native kernels keep keys and values as asked, and they don't run here: {reason}.",
+                where=f"kv={self.kv}",
+                cure="Leave it out.",
+            )
         decoder = cast(Decoder, self.decoder)
         config, itemsize = decoder.config, decoder.dtype.itemsize
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context

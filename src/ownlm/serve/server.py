@@ -14,6 +14,7 @@ from ownlm.artifact import Workspace
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
 from ownlm.generate.model import Model, load_decoder
+from ownlm.kernels.native import KV
 from ownlm.report import Reporter
 from ownlm.serve.app import MAX_WAITING, SLOTS, create_app
 from ownlm.serve.guard import MAX_HEADER_BYTES, Keys
@@ -35,6 +36,7 @@ def serve(
     workspace: Workspace | None = None,
     reporter: Reporter | None = None,
     slots: int = SLOTS,
+    kv: KV | None = None,
     max_waiting: int = MAX_WAITING,
     record_text: bool = False,
     ready: Callable[[uvicorn.Server, str], None] | None = None,
@@ -44,6 +46,7 @@ def serve(
     adapter     merged into a model that is named, as in `load`
     adapters    by name, to be asked for as models beside it; more may come and go over HTTP
     admin_keys  who may load and unload adapters, see `create_app`
+    kv          how keys and values are kept, as `Model` has it; None: as the model is set
     ready       called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
     """
@@ -60,6 +63,7 @@ def serve(
         model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
         for name, one in (adapters or {}).items():
             model.adapters.load(name, one, workspace=workspace)
+        model.kv = kv or model.kv
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,

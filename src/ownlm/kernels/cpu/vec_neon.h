@@ -40,6 +40,7 @@ inline vf pow2(vf whole) { OWNLM_QUARTERS(vf, pow2_quarter(whole.v[i])); }
 inline float sum(vf a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]))); }
 inline float largest(vf a) { return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.v[0], a.v[1]), vmaxnmq_f32(a.v[2], a.v[3]))); }
 inline vf from_half(const uint16_t* p) { OWNLM_QUARTERS(vf, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
+inline vf from_bf16(const uint16_t* p) { OWNLM_QUARTERS(vf, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
 inline void to_bf16(uint16_t* p, vf a) {  // to the nearest, ties to even
     for (int i = 0; i < 4; i++) {
         const uint32x4_t bits = vreinterpretq_u32_f32(a.v[i]), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

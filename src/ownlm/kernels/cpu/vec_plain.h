@@ -62,6 +62,11 @@ inline vf from_half(const uint16_t* p) {
     const Words wide = exponent == 0x7c00u ? size | 0x7f800000u : exponent == 0u ? (Words)small : size + (112u << 23);
     return {(Floats)(wide | sign)};
 }
+inline vf from_bf16(const uint16_t* p) {
+    Words bits;
+    for (int i = 0; i < 16; i++) bits[i] = p[i];
+    return {(Floats)(bits << 16)};
+}
 inline void to_bf16(uint16_t* p, vf a) {
     const Words bits = (Words)a.v, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     for (int i = 0; i < 16; i++) p[i] = uint16_t(rounded[i]);
