@@ -115,7 +115,7 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
+    model = load_writer(args.ref, adapter=args.adapter, draft=args.draft, workspace=_workspace(reporter))
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -136,7 +136,8 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
+    model = load_decoder(args.ref, adapter=args.adapter, draft=args.draft, workspace=_workspace(reporter))
+    talk(model, sampling=sampling)
 
 
 def convert(args: Arguments, reporter: Reporter) -> None:
@@ -191,6 +192,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
     run(
         args.ref,
         adapter=args.adapter,
+        draft=args.draft,
         host=args.host,
         port=args.port,
         api_keys=device.api_keys(),
@@ -353,6 +355,14 @@ ADAPTER = (
     "--adapter",
     {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
 )
+DRAFT = (
+    "--draft",
+    {
+        "default": None,
+        "metavar": "NAME",
+        "help": "a small model of the same vocabulary that writes ahead: the same text, sooner",
+    },
+)
 SAMPLING = (
     "override",
     {"metavar": "key=value", "nargs": "*", "help": "max_tokens, temperature, top_p, top_k, seed, stop …"},
@@ -396,6 +406,7 @@ COMMANDS: dict[str, Command] = {
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
+            DRAFT,
             (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
     ),
@@ -440,7 +451,7 @@ COMMANDS: dict[str, Command] = {
         run=summarize,
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": 'a text, its file, or "-"'}), ADAPTER),
     ),
-    "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, SAMPLING)),
     "convert": Command(
         run=convert,
         arguments=(
@@ -500,6 +511,7 @@ COMMANDS: dict[str, Command] = {
         arguments=(
             REF,
             ADAPTER,
+            DRAFT,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
         ),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.drafts import Costs, Echoes
+from ownlm.generate.drafts import Costs, Echoes, Share
 from ownlm.generate.engine import Engine, Pace
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
@@ -365,10 +365,13 @@ def test_drafts_are_what_followed_before_and_only_where_they_pay() -> None:
     assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3], 2) == [9, 8]
     assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3, 5, 1, 2, 3], 4) == [5, 1, 2, 3]  # where it stood last
     costs = Costs()
-    assert costs.length(1, 0.9) == 0  # nothing known of a step without a draft
+    assert costs.length(1, Share(0.9)) == 0  # nothing known of a step without a draft
     costs.seconds = {1: 1.0, 3: 1.1, 5: 1.2, 8: 4.0}
-    assert costs.length(1, 0.9) == 4
-    assert costs.length(1, 0.05) == 0
+    assert costs.length(1, Share(0.9)) == 4
+    assert costs.length(1, Share(0.05)) == 0
     for _ in range(60):
-        said.learn(4, 0)
-    assert said.share < 0.01
+        said.share.learn(4, 0)
+    assert said.share.value < 0.01
+    assert [costs.of(rows) for rows in (1, 2, 4, 8, 99)] == [1.0, 1.0, 1.1, 4.0, 4.0]
+    costs.seconds[3] = 9.0  # something else held that step up: one of more rows was faster
+    assert costs.of(3) == 1.2

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.drafts import Costs
+from ownlm.generate.drafter import Drafter
+from ownlm.generate.drafts import Costs, Draft
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
-from ownlm.generate.runners import Runner, TorchRunner
+from ownlm.generate.runners import Runner, TorchRunner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.text import StopText
 from ownlm.models.decoder import Decoder
-from ownlm.models.rotary import is_long
 from ownlm.tokens.codec import Tokenizer
 
 BLOCK, PIECE = 8, 64  # prompt tokens: that the kernels take together; of a piece that stops between layers, at most
@@ -47,7 +47,8 @@ class Engine:
     context         positions of a sequence: prompt and answer together
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
-    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact
+    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact, or with a drafter
+    drafter         a small model that writes such drafts
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Engine:
         prefill_tokens: int | None = None,
         runner: Runner | None = None,
         speculate: bool | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
@@ -70,7 +72,8 @@ class Engine:
         self.device = model.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.speculate = self.runner.exact if speculate is None else speculate
+        self.drafter = drafter
+        self.speculate = self.runner.exact or drafter is not None if speculate is None else speculate
         self.pace, self.costs = Pace(), Costs()
         self.underway: Row | None = None  # a piece of a prompt that is between two layers
         self.drafted_tokens = self.accepted_tokens = 0
@@ -165,8 +168,9 @@ class Engine:
         """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
         rows: list[Row] = []
         writing = sorted((each for each in self.running if each.writing), key=lambda each: each.rank)
+        drafts = self._drafts(writing) if self.speculate else {}
         for sequence in writing:
-            self._add_row(rows, sequence, 1, self._draft(sequence, len(writing)))
+            self._add_row(rows, sequence, 1, drafts.get(sequence))
         budget = float(self.prefill_tokens)
         if rows and self.runner.exact:
             budget = min(budget, self.pace.prompt_tokens())
@@ -198,7 +202,7 @@ class Engine:
         """Let a waiting sequence run, on the pages its beginning shares; False while there are no pages for all it knows."""
         if self._may_share(sequence):
             # The last token is always computed: its logits choose the next.
-            sequence.keys = page_keys(sequence.known[:-1], self.pool.size, self._salt(sequence))
+            sequence.keys = page_keys(sequence.known[:-1], self.pool.size, salt(self.model, sequence))
             sequence.pages = self.pool.share(sequence.keys)
             del sequence.keys[len(sequence.pages) :]
             sequence.cached = len(sequence.pages) * self.pool.size
@@ -214,16 +218,20 @@ class Engine:
         """Only texts whose tokens say all of them; and an echo needs every token's logits."""
         return sequence.embeds_TD is None and not sequence.echoes
 
-    def _salt(self, sequence: Sequence) -> bytes:
-        """What must be equal besides the tokens: the tenant, and how positions turn in a text of this length."""
-        long = any(is_long(layer.rotary, len(sequence.known)) for layer in self.model.config.layers if layer.rotary)
-        return f"{int(long)}{sequence.tenant}".encode()
-
-    def _draft(self, sequence: Sequence, rows: int) -> list[int]:
-        """What this answer may say next, no longer than it may become."""
-        room = sequence.limit - sequence.new_tokens - 1
-        length = self.costs.length(rows, sequence.said.share) if self.speculate else 0
-        return sequence.said.find(sequence.known, min(length, room)) if length and room > 0 else []
+    def _drafts(self, writing: SequenceOf[Sequence]) -> dict[Sequence, Draft]:
+        """What these answers may say next, no longer than they may become: as they said it before, else as the small model would."""
+        drafts: dict[Sequence, Draft] = {}
+        for sequence in writing:
+            room, said = sequence.limit - sequence.new_tokens - 1, sequence.said
+            length = min(room, self.costs.length(len(writing), said.share))
+            better = self.drafter is not None and self.drafter.share(sequence).value > said.share.value
+            if length > 0 and not better and (tokens := said.find(sequence.known, length)):
+                drafts[sequence] = Draft(tokens, said.share)
+        if self.drafter is not None:
+            others = [each for each in writing if each not in drafts and each.limit - each.new_tokens > 1]
+            rows = len(writing) + sum(len(draft.tokens) for draft in drafts.values())
+            drafts |= self.drafter.drafts(others, rows, self.costs)
+        return drafts
 
     def _read(self, rows: list[Row], sequence: Sequence, budget: float, *, whole: bool) -> float:
         """Add as many tokens of a prompt as the budget allows, or a piece of it for as many layers; what that takes of the budget."""
@@ -251,16 +259,17 @@ class Engine:
         wanted = self.underway.wanted if stop == layers else 0
         return replace(self.underway, layers=range(start, stop), wanted=wanted)
 
-    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: SequenceOf[int] = ()) -> int:
+    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: Draft | None = None) -> int:
         """Add a row of at most `budget` tokens and the draft; how many it reads: none where no page is left for it."""
         if sequence not in self.running or budget <= 0:
             return 0
         tokens = sequence.known[sequence.cached : sequence.cached + budget]
-        if not self._grow(sequence, sequence.cached + len(tokens) + len(draft)):
+        guessed, share = ([], None) if draft is None else (draft.tokens, draft.share)
+        if not self._grow(sequence, sequence.cached + len(tokens) + len(guessed)):
             return 0
         completes = sequence.cached + len(tokens) == len(sequence.known)
-        wanted = len(tokens) if sequence.echoes else int(completes) + len(draft)
-        rows.append(Row(sequence, [*tokens, *draft], wanted, len(draft)))
+        wanted = len(tokens) if sequence.echoes else int(completes) + len(guessed)
+        rows.append(Row(sequence, [*tokens, *guessed], wanted, len(guessed), share))
         return len(tokens)
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
@@ -289,6 +298,8 @@ class Engine:
             self.underway = None
         self.pool.release(sequence.pages)
         sequence.pages, sequence.keys, sequence.cached = [], [], 0
+        if self.drafter is not None:
+            self.drafter.forget(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -363,9 +374,9 @@ class Engine:
             if came_true and not event.finish_reason:
                 row.sequence.cached += 1  # its key and value stand there already
                 foretold.append((row, logits_WV))
-            elif row.drafted:
+            elif row.share is not None:
                 accepted = place + came_true
-                row.sequence.said.learn(row.drafted, accepted)
+                row.share.learn(row.drafted, accepted)
                 self.drafted_tokens += row.drafted
                 self.accepted_tokens += accepted
         return events, foretold
@@ -388,13 +399,9 @@ class Engine:
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the pages that are full by now to those who begin alike."""
-        full = sequence.cached // self.pool.size
-        if full > len(sequence.keys) and sequence.embeds_TD is None:
-            sequence.keys = page_keys(
-                sequence.known[: full * self.pool.size], self.pool.size, self._salt(sequence), sequence.keys
-            )
-            for page, key in zip(sequence.pages, sequence.keys, strict=False):
-                self.pool.publish(page, key)
+        if sequence.cached // self.pool.size > len(sequence.keys) and sequence.embeds_TD is None:
+            read = sequence.known[: sequence.cached]
+            sequence.keys = self.pool.offer(read, sequence.pages, sequence.keys, salt(self.model, sequence))
 
     def _echo(self, row: Row, logits_WV: Tensor) -> None:
         """Add the log-probabilities of the prompt tokens that follow this row's tokens."""

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Artifact, Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
+from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
@@ -63,6 +64,7 @@ def load(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -72,6 +74,7 @@ def load(
     base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
+    draft    a small decoder of the same vocabulary that writes ahead for it: the same text, sooner where that pays
     dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
@@ -85,6 +88,10 @@ def load(
         kind = module.hf["model_type"]
         raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
     model: Loaded = OPENERS[type(module)](module, found.path, name=found.name, ref=found.ref, digest=found.digest)
+    if draft is not None:
+        if not isinstance(model, Model):
+            raise UserError("only a decoder can have a model that drafts for it.", where=str(ref))
+        model.draft_with(load_decoder(draft, workspace=workspace, device=device, dtype=dtype))
     return model
 
 
@@ -92,12 +99,13 @@ def load_writer(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Model | Seq2Seq":
     """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model | Seq2Seq):
         raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
     return model
@@ -107,12 +115,13 @@ def load_decoder(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load_writer(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
@@ -120,15 +129,6 @@ def load_decoder(
             cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
         )
     return model
-
-
-def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
-    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
-    source = adapter.manifest.inputs["checkpoint"]
-    base = workspace.open(source["ref"], "checkpoint")
-    if base.digest != source["digest"]:
-        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
-    return base
 
 
 class Model:
@@ -150,6 +150,7 @@ class Model:
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots = slots
+        self.draft: Model | None = None
         self.lock = threading.RLock()
         self._engine: Engine | None = None
         self._native: native.NativeDecoder | None = None
@@ -182,7 +183,18 @@ class Model:
         """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
         decoder = self.writer()
         slots = max(1, slots or self.slots)
-        return Engine(decoder, self.tokenizer, slots=slots, runner=self._runner(decoder, slots))
+        runner, drafter = self._runner(decoder, slots), None
+        if self.draft is not None:
+            small = self.draft.writer()
+            drafter = Drafter(small, self.draft._runner(small, slots), context=self.context)
+        return Engine(decoder, self.tokenizer, slots=slots, runner=runner, drafter=drafter)
+
+    def draft_with(self, small: "Model | None") -> None:
+        """Let a small decoder write ahead from now on: the same text, sooner where that pays. Raises UserError: another vocabulary."""
+        if small is not None:
+            self.writer()
+            check_vocabulary(self.tokenizer, small.tokenizer, small.writer(), where=small.ref)
+        self.draft, self._engine = small, None
 
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
         """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""

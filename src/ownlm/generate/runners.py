@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ownlm.generate.sequence import Row
+from ownlm.generate.sequence import Sequence as Writing
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
@@ -32,6 +33,12 @@ class Runner(Protocol):
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
         ...
+
+
+def salt(model: Decoder, sequence: Writing) -> bytes:
+    """What must be equal besides the tokens for two texts to share pages: the tenant, and how positions turn in texts so long."""
+    long = any(is_long(layer.rotary, len(sequence.known)) for layer in model.config.layers if layer.rotary)
+    return f"{int(long)}{sequence.tenant}".encode()
 
 
 class TorchRunner:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ownlm.generate.drafts import Echoes
+from ownlm.generate.drafts import Echoes, Share
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
@@ -103,12 +103,14 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one sequence to run now; the first stands at position `sequence.cached`. The logits of the last `wanted` are
-    asked for. The last `drafted` of them are guesses of what comes next. `layers`: those they go through in this step; None: all."""
+    asked for. The last `drafted` of them are guesses of what comes next, and `share` is told how many were right. `layers`: those they
+    go through in this step; None: all."""
 
     sequence: Sequence
     tokens: list[int]
     wanted: int
     drafted: int = 0
+    share: Share | None = None
     layers: range | None = None
 
     @property

@@ -25,6 +25,7 @@ def serve(
     ref: str | Path | Model,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: Collection[str] = (),
@@ -40,6 +41,7 @@ def serve(
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
     adapter  merged into a model that is named, as in `load`
+    draft    a small model that writes ahead for one that is named, as in `load`
     ready    called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
     """
@@ -53,7 +55,7 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home(), reporter)
-        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
+        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, draft=draft, workspace=workspace)
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,
