@@ -43,7 +43,7 @@ class Engine:
     """Generates for many requests at once over the pages of one cache. For one thread; changes with every call.
 
     slots           answers that run at the same time; the rest waits: by priority, then the tenant with the fewest running
-                    answers, then by arrival
+                    answers, then the one whose turn was longest ago; a tenant's own by deadline, then by arrival
     context         positions of a sequence: prompt and answer together
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
@@ -80,6 +80,8 @@ class Engine:
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
+        self.turns: dict[str, int] = {}  # how many answers had been admitted when a tenant's last one was
+        self.clock = time.monotonic
 
     def add(
         self,
@@ -89,12 +91,15 @@ class Engine:
         *,
         tenant: str = "",
         priority: int = 0,
+        deadline: float | None = None,
     ) -> int:
         """The id of a new request. Raises ContextTooLong or UserError, before anything runs. A form is built here, where
         `grammars` doesn't have it yet.
 
         embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
         tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
+        deadline: seconds from now; an answer that isn't finished by then ends with what it has ("length"), a waiting one with
+        nothing.
         """
         self.check(prompt, sampling)
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
@@ -117,6 +122,7 @@ class Engine:
                 embeds_TD=embeds_TD,
                 tenant=tenant,
                 priority=priority,
+                deadline=math.inf if deadline is None else self.clock() + deadline,
             )
             for index in range(sampling.n)
         )
@@ -158,11 +164,19 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """The events of one step: a new token per running answer, or several where a draft came true."""
+        late = self._late()
         rows = self._schedule()
         logits = self._run(rows)
-        return self._commit(rows, logits)
+        return late + self._commit(rows, logits)
 
     # ---- schedule
+
+    def _late(self) -> list[Event]:
+        """The ends of answers whose time is up, before they cost another step."""
+        now = self.clock()
+        late = [each for each in (*self.running, *self.waiting) if each.deadline <= now]
+        self.waiting = [each for each in self.waiting if each.deadline > now]
+        return [self._cut_short(each) for each in late]
 
     def _schedule(self) -> list[Row]:
         """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
@@ -196,7 +210,16 @@ class Engine:
         if self.pool.size < self.context:
             reading = {each.request for each in self.running if not each.new_tokens and self._may_share(each)}
         able = [each for each in self.waiting if each.request not in reading]
-        return min(able, key=lambda each: (each.priority, running[each.tenant], each.rank), default=None)
+
+        def order(each: Sequence) -> tuple[int, int, int, tuple[int, int, int]]:
+            return each.priority, running[each.tenant], self.turns.get(each.tenant, -1), each.rank
+
+        first = min(able, key=order, default=None)
+        if first is None:
+            return None
+        # A deadline goes before one's own answers, never before those of others: everybody would have one.
+        equals = [each for each in able if (each.priority, each.tenant) == (first.priority, first.tenant)]
+        return min(equals, key=lambda each: (each.deadline, each.rank))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run, on the pages its beginning shares; False while there are no pages for all it knows."""
@@ -210,6 +233,7 @@ class Engine:
             self._give_back(sequence)
             return False
         self.reused_tokens += sequence.cached
+        self.turns[sequence.tenant] = max(self.turns.values(), default=0) + 1
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
@@ -394,7 +418,8 @@ class Engine:
 
     def _cut_short(self, sequence: Sequence) -> Event:
         text = sequence.stop_text.push(sequence.decode.finish()) + sequence.stop_text.flush()
-        self._release(sequence)
+        if sequence in self.running:
+            self._release(sequence)
         return Event(sequence.request, sequence.index, None, sequence.characters, text, "length")
 
     def _publish(self, sequence: Sequence) -> None:

@@ -1,5 +1,6 @@
 """An answer in the making, the rows it sends through the model, and what each step tells of it."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +56,7 @@ class Sequence:
     said: Echoes = field(default_factory=Echoes)
     tenant: str = ""
     priority: int = 0
+    deadline: float = math.inf  # by the engine's clock
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full pages
     cached: int = 0

@@ -43,7 +43,8 @@ def create_app(
 ) -> Starlette:
     """An app that serves one model.
 
-    api_keys         who may use the API; none: everybody who can reach it
+    api_keys         who may use the API; none: everybody who can reach it. As {key: least priority} they say how far before
+                     others each may go with `priority` (smaller goes first); otherwise at 0, before nobody
     allowed_hosts    host names besides localhost and IP addresses
     allowed_origins  pages besides our own that may send requests, e.g. behind a TLS proxy
     slots            answers generated at the same time; max_waiting more may wait, beyond that 429
@@ -53,7 +54,7 @@ def create_app(
     """
     keys = Keys(api_keys)
     journal = Journal(record) if record else None
-    service = Service(model, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
+    service = Service(model, keys=keys, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
     predictions = replicate.Predictions()
 
     api: tuple[tuple[str, str, Handler], ...] = (

@@ -51,7 +51,8 @@ async def chat_completions(exchange: Exchange, request: Request) -> Response:
     service = exchange.service
     service.check_model(wire.model)
     sampling = await service.prepared(wire.sampling())
-    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling)
+    prompt = await service.tokens([message.message() for message in wire.messages])
+    exchange.submit([prompt], sampling, priority=wire.priority, deadline=wire.deadline)
     head = {"id": f"chatcmpl-{exchange.id}", "created": int(time.time()), "model": wire.model}
     if service.model.digest:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
@@ -100,7 +101,8 @@ async def completions(exchange: Exchange, request: Request) -> Response:
     service.check_model(wire.model)
     given = wire.prompts()
     prompts = [await service.tokens(prompt) for prompt in given]
-    exchange.submit(prompts, await service.prepared(wire.sampling()))
+    sampling = await service.prepared(wire.sampling())
+    exchange.submit(prompts, sampling, priority=wire.priority, deadline=wire.deadline)
     decode = service.model.tokenizer.decode
     echoed = [
         (prompt if isinstance(prompt, str) else decode(prompt, special=True)) if wire.echo else "" for prompt in given

@@ -20,6 +20,8 @@ from ownlm.records import Message
 MAX_PROMPTS = 256  # prompts of one request, times n
 MAX_N = 64
 MAX_STOPS = 16
+MAX_PRIORITY = 1000
+MAX_DEADLINE_S = 86_400.0
 
 # Names a client may give its request. They reach nobody and change nothing.
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
@@ -139,6 +141,10 @@ class Generation(Choosing):
     response_format: Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")] = AnyText(type="text")
     guided_regex: Text | None = None  # these two as vLLM has them
     guided_grammar: Text | None = None
+    priority: Annotated[int, Field(strict=True, ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = (
+        0  # as vLLM has it: smaller goes first
+    )
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None  # seconds from now
     stream: Flag = False
     stream_options: StreamOptions = StreamOptions()
 

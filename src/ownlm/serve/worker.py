@@ -10,6 +10,7 @@ Nothing else touches the model while the worker runs, so the engine needs no loc
 import asyncio
 import queue
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -73,15 +74,25 @@ class Worker:
     def alive(self) -> bool:
         return self.thread.is_alive()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tenant: str = "") -> Ticket:
-        """Queue the prompts of a tenant. Raises ContextTooLong or UserError at once, in the caller's thread."""
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Queue the prompts of a tenant; the rest as `Engine.add` has it. Raises ContextTooLong or UserError at once, in the
+        caller's thread."""
         for prompt in prompts:
             self.engine.check(prompt, sampling)
-        ticket = Ticket(prompts, sampling)
+        ticket, came = Ticket(prompts, sampling), time.monotonic()
 
         def begin() -> None:
+            left = None if deadline is None else deadline - (time.monotonic() - came)
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(prompt, sampling, tenant=tenant)
+                request = self.engine.add(prompt, sampling, tenant=tenant, priority=priority, deadline=left)
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 
