@@ -71,6 +71,24 @@ def test_several_answers_and_refusals() -> None:
         MODEL.logits([[1] * 129])
 
 
+def test_the_best_of_several_answers() -> None:
+    prompts = [MODEL.prompt_ids(text) for text in ("a", "bc")]
+    # A stop token ends some answers early: the mean, not the sum, decides.
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "stop_ids": frozenset(range(60))}
+    every = MODEL.answers(prompts, Sampling(n=6, **settings))
+    found = MODEL.answers(prompts, Sampling(n=2, best_of=6, **settings))
+    assert len({len(one.tokens) for row in every for one in row}) > 2
+    for row, chosen in zip(every, found, strict=True):
+        means = sorted((sum(one.logprobs) / len(one.logprobs) for one in row), reverse=True)
+        assert [sum(one.logprobs) / len(one.logprobs) for one in chosen] == means[:2]
+    [one] = MODEL.generate(["bc"], best_of=6, **settings)
+    assert one.tokens == found[1][0].tokens
+    assert "".join(MODEL.stream("bc", best_of=6, **settings)) == one.text
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 5000}, {"n": 0}, {"n": 5000}):
+        with pytest.raises(UserError, match="must be"):
+            Sampling(**wrong)
+
+
 def test_streams_may_run_side_by_side_and_be_left() -> None:
     alone = ["".join(MODEL.stream(prompt, **FREE)) for prompt in ("x", "y")]
     first, second, left = MODEL.stream("x", **FREE), MODEL.stream("y", **FREE), MODEL.stream("z", **FREE)

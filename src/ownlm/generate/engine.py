@@ -124,7 +124,7 @@ class Engine:
                 priority=priority,
                 deadline=math.inf if deadline is None else self.clock() + deadline,
             )
-            for index in range(sampling.n)
+            for index in range(sampling.answers)
         )
         return request
 

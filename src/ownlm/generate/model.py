@@ -25,7 +25,7 @@ from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
-from ownlm.generate.answers import Answer, as_sampling, plain
+from ownlm.generate.answers import Answer, as_sampling, best, plain
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
@@ -257,29 +257,36 @@ class Model:
 
         embeds: for each prompt what stands in for the embedding of its tokens, or None.
         """
-        engine = self.engine(min(self.slots, len(prompts) * sampling.n))
+        engine = self.engine(min(self.slots, len(prompts) * sampling.answers))
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         requests = {engine.add(prompts[index], sampling, embeds[index] if embeds else None): index for index in order}
-        results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
+        results: list[list[Answer]] = [[Answer() for _ in range(sampling.answers)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
                 results[requests[event.request]][event.index].add(event)
+        if sampling.answers > sampling.n:
+            results = [[row[at] for at in best([one.logprobs for one in row], sampling.n)] for row in results]
         return [
             [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
         ]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
-        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
-        read = self.read(prompt)
-        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD):
+        """The pieces of the completion's text, as they come; of the best of several the whole, which is known at the end only.
+        Closing the iterator cancels the rest."""
+        settings, read = plain(as_sampling(sampling, fields)), self.read(prompt)
+        if settings.answers > 1:
+            yield self.generate(prompt, settings).text
+            return
+        for event in self.events(read.ids, settings, read.embeds_TD):
             if event.text:
                 yield event.text
 
     def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
-        """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
+        """The engine's events for one prompt, of all answers that are written. Several may be open at once: they share one engine
+        and one batch."""
         with self.lock:
             state = weights_state(self.decoder)
             # Also what the cache holds of earlier prompts is of the weights it was made with.
@@ -288,7 +295,7 @@ class Model:
             engine = self._engine
             request = engine.add(prompt, sampling, embeds_TD)
             queue = self._events[request] = deque()
-        open_answers = sampling.n
+        open_answers = sampling.answers
         try:
             while open_answers:
                 with self.lock:

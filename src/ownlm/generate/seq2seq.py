@@ -144,6 +144,8 @@ class Seq2Seq:
     def _limits(self, sampling: Sampling) -> tuple[int, frozenset[int]]:
         if sampling.form is not None:
             raise UserError("encoder-decoders write no answers of a given form.", where="form")
+        if sampling.answers > 1:
+            raise UserError("encoder-decoders write one answer to a text.", where="n, best_of", cure="Leave them out.")
         stops = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         return sampling.max_tokens or self.model.config.max_tokens, stops
 

@@ -18,7 +18,7 @@ from ownlm.tokens.stream import DecodeStream
 class Event:
     """What one step did for one answer.
 
-    request, index  whose answer: the id `add` gave, and which of its `n`
+    request, index  whose answer: the id `add` gave, and which of those that are written
     token           the token just sampled; None when `max_tokens` is 0
     start           characters of the answer before this token's text (a token belongs to the visible answer when its start
                     lies before the end of all text shown)

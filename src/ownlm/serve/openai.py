@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ownlm.generate.answers import best
 from ownlm.generate.sampling import Token
 from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
@@ -169,16 +170,30 @@ Answer = tuple[str, list[Entry], Event, Event]  # text, visible tokens, first an
 
 
 async def gather(exchange: Exchange) -> list[Answer]:
-    """All answers of a request, in the order of choices."""
+    """All answers of a request, in the order of choices; with `best_of` the best of those to each prompt."""
     answers: dict[int, tuple[list[str], list[Entry], Visible, list[Event]]] = {}
     async for batch in exchange.batches():
         for index, event in batch:
-            texts, tokens, visible, ends = answers.setdefault(index, ([], [], Visible(), [event, event]))
+            texts, tokens, visible, events = answers.setdefault(index, ([], [], Visible(), []))
             texts.append(event.text)
             tokens += visible.push(event)
-            ends[1] = event
-    ordered = [answers[index] for index in sorted(answers)]
-    return [("".join(texts), tokens, first, last) for texts, tokens, _, (first, last) in ordered]
+            events.append(event)
+    assert exchange.sampling is not None, "nothing was submitted"
+    n, written = exchange.sampling.n, exchange.sampling.answers
+    given: list[int] = []
+    for first in range(0, len(answers), written):
+        of_prompt = range(first, first + written)
+        logprobs = [[_logprob(event) for event in answers[index][3] if event.token] for index in of_prompt]
+        given += [first + place for place in best(logprobs, n)] if written > n else of_prompt
+    return [
+        ("".join(texts), tokens, events[0], events[-1]) for texts, tokens, _, events in (answers[at] for at in given)
+    ]
+
+
+def _logprob(event: Event) -> float:
+    assert event.token is not None
+    assert event.token.logprob is not None
+    return event.token.logprob
 
 
 Choices = Callable[[int, Event, list[Entry]], list[dict[str, Any]]]

@@ -102,7 +102,7 @@ class Exchange:
     ) -> None:
         """Queue the prompts. Raises BadRequest (429 when too much is waiting, 403 for a priority that isn't this key's),
         ContextTooLong or UserError."""
-        service, answers = self.service, len(prompts) * sampling.n
+        service, answers = self.service, len(prompts) * sampling.answers
         if answers > service.max_answers:
             raise BadRequest(f"This request asks for {answers} answers; at most {service.max_answers} may be open.")
         if service.open_answers + answers > service.max_answers:
@@ -151,7 +151,7 @@ class Exchange:
         self.ended = True
         service, latency_s = self.service, time.monotonic() - self.began_s
         if self.ticket is not None:
-            service.open_answers -= len(self.ticket.prompts) * self.ticket.sampling.n
+            service.open_answers -= self.ticket.answers
             if self.ticket.open:
                 service.worker.cancel(self.ticket)
                 self.finish_reason = "error" if status >= 500 else "abort"

@@ -30,16 +30,16 @@ class EngineFault(Exception):
 
 
 class Ticket:
-    """The answers to one HTTP request: `n` to each of its prompts. Lives on the event loop."""
+    """The answers to one HTTP request, several to each of its prompts. Lives on the event loop."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.prompts, self.sampling = prompts, sampling
-        self.open = len(prompts) * sampling.n
+        self.answers = self.open = len(prompts) * sampling.answers
         self.queue: asyncio.Queue[Batch | EngineFault] = asyncio.Queue()
         self.requests: list[int] = []  # the engine's ids; the worker thread writes them
 
     async def batches(self) -> AsyncIterator[Batch]:
-        """(choice, event) pairs, one list per step, until all answers have ended. Choice = prompt * n + answer."""
+        """(choice, event) pairs, one list per step, until all answers have ended. Choice = prompt * answers to each + answer."""
         while self.open:
             batch = await self.queue.get()
             if isinstance(batch, EngineFault):
@@ -142,7 +142,7 @@ class Worker:
         batches: dict[Ticket, Batch] = {}
         for event in events:
             ticket, prompt = self.tickets[event.request]
-            batches.setdefault(ticket, []).append((prompt * ticket.sampling.n + event.index, event))
+            batches.setdefault(ticket, []).append((prompt * ticket.sampling.answers + event.index, event))
         if batches:
             self._on_loop(batches)
         ended = {event.request for event in events if event.finish_reason}
