@@ -102,6 +102,10 @@ class Engine:
         nothing.
         """
         self.check(prompt, sampling)
+        if sampling.beams > 1:
+            raise UserError(
+                "a search over beams has no events.", where="beams", cure="Use `Model.generate` or `answers`."
+            )
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
         room = self.context - len(prompt)
         stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
@@ -135,8 +139,6 @@ class Engine:
             raise ContextTooLong(len(prompt), wanted, self.context)
         if not prompt:
             raise UserError("the prompt has no tokens.", where="prompt")
-        if sampling.beams > 1:
-            raise UserError("only encoder-decoders search over beams.", where="beams", cure="Leave beams out.")
         vocab_size = self.model.config.vocab_size
         wrong = next((id for id in prompt if not 0 <= id < vocab_size), None)
         if wrong is not None:

@@ -14,9 +14,9 @@ import math
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, cast, overload
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from torch import Tensor
 from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate import asking
+from ownlm.generate import asking, beams
 from ownlm.generate.answers import Answer, as_sampling, best, plain
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
+from ownlm.generate.prompts import Chat, Prompt, as_message, is_one
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
 from ownlm.generate.sampling import Sampling
@@ -45,16 +46,13 @@ from ownlm.models.pooling import Pooling, pool
 from ownlm.models.quantize import count_weights
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.records import Completion, Message
+from ownlm.records import Completion
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import tokenizer_of
 
-Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
-Prompt: TypeAlias = str | Chat
 Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
-ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
@@ -257,7 +255,13 @@ class Model:
 
         embeds: for each prompt what stands in for the embedding of its tokens, or None.
         """
-        engine = self.engine(min(self.slots, len(prompts) * sampling.answers))
+        engine = self.engine(max(sampling.beams, min(self.slots, len(prompts) * max(sampling.answers, sampling.beams))))
+        if sampling.beams > 1:
+            searched = beams.search(engine, prompts, sampling, embeds)
+            return [
+                [one.completion(self.tokenizer, prompt) for one in found]
+                for prompt, found in zip(prompts, searched, strict=True)
+            ]
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
@@ -274,10 +278,10 @@ class Model:
         ]
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
-        """The pieces of the completion's text, as they come; of the best of several the whole, which is known at the end only.
+        """The pieces of the completion's text, as they come; of the best of several (`best_of`, `beams`) the whole, known at the end only.
         Closing the iterator cancels the rest."""
         settings, read = plain(as_sampling(sampling, fields)), self.read(prompt)
-        if settings.answers > 1:
+        if settings.answers > 1 or settings.beams > 1:
             yield self.generate(prompt, settings).text
             return
         for event in self.events(read.ids, settings, read.embeds_TD):
@@ -466,23 +470,6 @@ def weights_state(module: torch.nn.Module) -> WeightsState:
     """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
     held = (*module.parameters(), *module.buffers())
     return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
-
-
-def as_message(message: Message | Mapping[str, Any]) -> Message:
-    """A Message from itself or from {"role": …, "content": …}. Raises UserError."""
-    if isinstance(message, Message):
-        return message
-    if set(message) != {"role", "content"} or message["role"] not in ROLES or not isinstance(message["content"], str):
-        raise UserError(
-            f"{dict(message)!r} is not a message.",
-            cure=f'A message is {{"role": one of {", ".join(ROLES)}, "content": text}}.',
-        )
-    return Message(role=cast(Any, message["role"]), content=message["content"])
-
-
-def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
-    """True for a single prompt: a text, or a list of messages."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))
 
 
 def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:

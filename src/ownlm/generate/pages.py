@@ -60,6 +60,13 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def hold(self, pages: Sequence[int]) -> list[int]:
+        """The same pages for one user more, of those that have one."""
+        for page in pages:
+            assert self.users[page], f"nobody uses page {page}"
+            self.users[page] += 1
+        return list(pages)
+
     def publish(self, page: int, key: bytes) -> None:
         """Let others share this full page. Where another page has the same content already, that one stays the known one."""
         if key not in self.page_of and page not in self.key_of:

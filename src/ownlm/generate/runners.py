@@ -34,6 +34,10 @@ class Runner(Protocol):
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
         ...
 
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        ...
+
 
 def salt(model: Decoder, sequence: Writing) -> bytes:
     """What must be equal besides the tokens for two texts to share pages: the tenant, and how positions turn in texts so long."""
@@ -64,6 +68,10 @@ class TorchRunner:
         hidden_WD = torch.cat([states[index] for index in range(len(rows))])
         logits_WV = self.model.logits(hidden_WD).float()
         return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def copy(self, page: int, onto: int) -> None:
+        for whole_LNKSd in (self.cache.keys_LNKSd, self.cache.values_LNKSd):
+            whole_LNKSd[:, onto] = whole_LNKSd[:, page]
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
@@ -134,6 +142,9 @@ class NativeRunner:
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None
         return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def copy(self, page: int, onto: int) -> None:
+        self.cache.copy(page, onto)
 
     def _is_long(self, row: Row) -> bool:
         return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)

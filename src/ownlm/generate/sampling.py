@@ -52,7 +52,8 @@ class Sampling:
     n            how many answers to the same prompt
     best_of      so many are written, and the n of them with the highest mean log-probability are given, best first; None: n
     form         the answer is of this form: JSON of a schema, a regular expression, a grammar
-    beams        answers kept side by side while the likeliest is searched (encoder-decoders only; without temperature or stop)
+    beams        answers kept side by side while the likeliest is searched, and the n best given (without temperature, stop strings,
+                 penalties, forms; not over HTTP)
     length_penalty   of beams: an answer is worth the sum of its log-probabilities / its length ** length_penalty
     early_stopping   of beams: true: when `beams` answers are complete; false: when no open one, were it to end now, could still
                      beat them; "never": when none could at its best possible length
@@ -109,8 +110,12 @@ class Sampling:
         ]
         if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
             faults.append("length_penalty and early_stopping are for several beams.")
-        if self.beams > 1 and (self.temperature > 0 or self.stop):
-            faults.append("A search over beams takes neither temperature nor stop strings.")
+        if self.beams > 1 and (self.temperature > 0 or self.stop or self.adjusts or self.form or self.best_of):
+            faults.append(
+                "A search over beams takes neither temperature nor stop strings, penalties, logit_bias, form or best_of."
+            )
+        if self.beams > 1 and self.n > self.beams:
+            faults.append(f"n must be at most beams, {self.beams}: the best of those that were searched are given.")
         if faults:
             raise UserError(" ".join(faults), where="sampling")
 

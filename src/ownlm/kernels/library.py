@@ -56,6 +56,7 @@ FUNCTIONS = {
     "ownlm_bytes": (LONG, (POINTER,)),
     "ownlm_cache_new": (POINTER, (POINTER, INT, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
+    "ownlm_cache_copy": (None, (POINTER, INT, INT)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
     "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
 }

@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.model import Model, Prompt
+from ownlm.generate.model import Model
+from ownlm.generate.prompts import Prompt
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.sequence import Event
 from ownlm.serve.guard import BodyTooLarge, Keys, error_body
