@@ -5,8 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import strategies as st
-from hypothesis.stateful import rule
 from test_engine import Pages, run, tokens
 
 from ownlm.errors import UserError
@@ -238,13 +236,8 @@ def test_the_public_model_says_the_same() -> None:
 class DraftedPages(Pages):
     """Random requests, cancellations and steps, with pages of the small model that don't reach for all."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.engine = engine(SMALL, pages=6 if NATIVE else 3, small_pages=4 if NATIVE else 2, slots=3)
-
-    @rule(length=st.integers(1, 70), new=st.integers(1, 50), n=st.integers(1, 3), tenant=st.sampled_from("ab"))
-    def add(self, length: int, new: int, n: int, tenant: str) -> None:
-        super().add(length, new, n, tenant)
+    def made(self) -> Engine:
+        return engine(SMALL, pages=6 if NATIVE else 3, small_pages=4 if NATIVE else 2, slots=3)
 
     def drafter(self) -> Drafter:
         assert self.engine.drafter is not None

@@ -208,19 +208,30 @@ def no_page_is_lost(engine: Engine) -> None:
 
 
 class Pages(RuleBasedStateMachine):
-    """Random requests, cancellations and steps."""
+    """Random requests, cancellations and steps, each of which takes a second."""
 
     runner = "modules"
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = small_engine(self.runner)
+        self.engine = self.made()
         self.open: dict[int, int] = {}
+        self.now = 0.0
+        self.engine.clock = lambda: self.now
 
-    @rule(length=st.integers(1, 70), new=st.integers(1, 50), n=st.integers(1, 3), tenant=st.sampled_from("ab"))
-    def add(self, length: int, new: int, n: int, tenant: str) -> None:
+    def made(self) -> Engine:
+        return small_engine(self.runner)
+
+    @rule(
+        length=st.integers(1, 70),
+        new=st.integers(1, 50),
+        n=st.integers(1, 3),
+        tenant=st.sampled_from("ab"),
+        deadline=st.sampled_from((None, None, 0.0, 2.0, 20.0)),
+    )
+    def add(self, length: int, new: int, n: int, tenant: str, deadline: float | None) -> None:
         sampling = Sampling(max_tokens=new, n=n, temperature=1.0, stop_ids=frozenset())
-        self.open[self.engine.add([65] * length, sampling, tenant=tenant)] = n
+        self.open[self.engine.add([65] * length, sampling, tenant=tenant, deadline=deadline)] = n
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -233,6 +244,7 @@ class Pages(RuleBasedStateMachine):
     @rule(count=st.integers(1, 9))
     def steps(self, count: int) -> None:
         for _ in range(count):
+            self.now += 1
             for event in self.engine.step():
                 self.open[event.request] -= event.finish_reason is not None
                 if not self.open[event.request]:

@@ -3,6 +3,7 @@
 import pytest
 from test_engine import RUNNERS, no_page_is_lost, small_engine, tokens
 
+from ownlm.errors import UserError
 from ownlm.generate.engine import Engine
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event
@@ -93,3 +94,46 @@ def test_tenants_take_turns_whatever_deadlines_they_give() -> None:
     while not engine.idle:
         begun += [event.request for event in engine.step()]
     assert begun == [many[0], few[0], many[1], few[1], *many[2:]]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_sixty_four_answers_run_where_there_is_room_for_a_few(runner: str) -> None:
+    engine = small_engine(runner, pages=4)
+    sampling = Sampling(n=64, max_tokens=9, temperature=1.0, seed=1, stop_ids=frozenset())
+    request = engine.add([65] * 50, sampling)
+    ends = 0
+    while not engine.idle:
+        events = engine.step()
+        assert all(event.request == request for event in events)
+        ends += sum(event.finish_reason is not None for event in events)
+        no_page_is_lost(engine)
+    assert ends == 64
+    with pytest.raises(UserError, match="between 1 and 4,096, not 1000000000"):
+        Sampling(n=10**9)
+
+
+def test_an_echo_of_a_large_vocabulary_is_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = 10 * MODEL.decoder.config.vocab_size
+    widest, sampling = 0, Sampling(max_tokens=0, echo=True)
+    pieces, whole = MODEL.engine(1), MODEL.engine(1)
+    inner = pieces.runner.run
+
+    def counted(rows):  # type: ignore[no-untyped-def]
+        nonlocal widest
+        widest = max(widest, sum(row.wanted for row in rows))
+        return inner(rows)
+
+    pieces.runner.run = counted  # type: ignore[method-assign]
+    found = []
+    for engine, logits in ((pieces, few), (whole, 2**26)):
+        monkeypatch.setattr("ownlm.generate.engine.ECHO_LOGITS", logits)
+        engine.add(list(range(65, 125)), sampling)
+        events: list[Event] = []
+        while not engine.idle:
+            events += engine.step()
+        found.append(events[0].prompt)
+    assert widest == 10
+    assert [token.id for token in found[0]] == [token.id for token in found[1]] == list(range(65, 125))
+    assert [token.logprob for token in found[0][1:]] == pytest.approx(
+        [token.logprob for token in found[1][1:]], abs=1e-4
+    )

@@ -36,6 +36,7 @@ from ownlm.generate.text import StopText
 from ownlm.models.decoder import Decoder
 from ownlm.tokens.codec import Tokenizer
 
+ECHO_LOGITS = 2**26  # of a step, at most
 BLOCK, PIECE = 8, 64  # prompt tokens: that the kernels take together; of a piece that stops between layers, at most
 
 
@@ -44,7 +45,7 @@ class Engine:
 
     slots           answers that run at the same time; the rest waits: by priority, then the tenant with the fewest running
                     answers, then the one whose turn was longest ago; a tenant's own by deadline, then by arrival
-    context         positions of a sequence: prompt and answer together
+    context         positions of a sequence, prompt and answer together; fewer where the runner's pages don't reach for so many
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
     speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact, or with a drafter
@@ -68,7 +69,7 @@ class Engine:
         self.runner = runner or TorchRunner(model, slots=slots, context=self.context)
         self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
         self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
-        assert self.pool.count * self.pool.size >= self.context, "a single answer must fit"
+        self.context = min(self.context, self.pool.count * self.pool.size)
         self.device = model.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -136,7 +137,7 @@ class Engine:
         """Raise ContextTooLong with the counts, or UserError for an empty prompt or a token the model doesn't have."""
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(prompt) + wanted > self.context:
-            raise ContextTooLong(len(prompt), wanted, self.context)
+            raise ContextTooLong(len(prompt), wanted, self.context, self.model.config.max_tokens)
         if not prompt:
             raise UserError("the prompt has no tokens.", where="prompt")
         vocab_size = self.model.config.vocab_size
@@ -289,6 +290,8 @@ class Engine:
         """Add a row of at most `budget` tokens and the draft; how many it reads: none where no page is left for it."""
         if sequence not in self.running or budget <= 0:
             return 0
+        if sequence.echoes:  # all of whose logits stand in memory at once
+            budget = min(budget, max(1, ECHO_LOGITS // self.model.config.vocab_size))
         tokens = sequence.known[sequence.cached : sequence.cached + budget]
         guessed, share = ([], None) if draft is None else (draft.tokens, draft.share)
         if not self._grow(sequence, sequence.cached + len(tokens) + len(guessed)):

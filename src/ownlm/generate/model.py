@@ -55,6 +55,7 @@ Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
+ANSWER_SHARE = 0.75  # of it, where a single answer needs more
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
 
 
@@ -202,8 +203,10 @@ class Model:
             if native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
                 self._native, self._packed = native.NativeDecoder(decoder), weights_state(decoder)
         if self._native is not None:
-            least = -(-self.context // native.PAGE)
-            pages = max(least, min(slots * least, room // self._native.page_bytes()))
+            least, page_bytes = -(-self.context // native.PAGE), self._native.page_bytes()
+            pages = min(slots * least, room // page_bytes)
+            if pages < least:  # then texts are shorter than the model would read, and none ends the process
+                pages = max(1, min(least, int(room / CACHE_SHARE * ANSWER_SHARE) // page_bytes))
             return NativeRunner(self._native, decoder, pages=pages)
         config, itemsize = decoder.config, decoder.dtype.itemsize
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context

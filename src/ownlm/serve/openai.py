@@ -30,7 +30,7 @@ def model_card(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.started,
         "owned_by": "ownlm",
-        "max_model_len": service.model.context,
+        "max_model_len": service.worker.engine.context,
         "ref": service.model.ref,
     }
 
