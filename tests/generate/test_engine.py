@@ -384,6 +384,7 @@ def test_drafts_are_what_followed_before_and_only_where_they_pay() -> None:
     for _ in range(60):
         said.share.learn(4, 0)
     assert said.share.value < 0.01
-    assert [costs.of(rows) for rows in (1, 2, 4, 8, 99)] == [1.0, 1.0, 1.1, 4.0, 4.0]
+    assert [costs.curve()(rows) for rows in (1, 2, 4, 8, 99)] == [1.0, 1.0, 1.1, 4.0, 4.0]
     costs.seconds[3] = 9.0  # something else held that step up: one of more rows was faster
-    assert costs.of(3) == 1.2
+    assert costs.curve()(3) == 1.2
+    assert costs.curve()(0) is None

@@ -6,8 +6,9 @@ A draft is what the small model says in the place of the big one: under the answ
 that the answer is going to be drawn with, read from a copy of its generator. So two models that agree draw the same token, at any
 temperature. The answer itself is sampled from the big model place by place as always (drafts.py): the same text, sooner.
 
-It is used where it pays. How long steps of both models take is measured as they run, how much comes true is learned per answer, and
-an answer is caught up with only once it has been writing for as long as that takes: a word or two are never worth a long prompt.
+It is used where it pays. How long steps of both models take is measured as they run, how much comes true is learned per answer (a new
+one begins with what was usual, and where drafts don't pay one is tried now and then), and an answer is caught up with only once it has
+been writing for as long as that takes: a word or two are never worth a long prompt.
 
 The small model keeps a cache of its own, over its own pages, with shared beginnings like the big one's. What it wrote ahead and was
 right stays; where an answer ends, is cancelled or loses its pages, the small model's pages of it are free at once.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
-from ownlm.generate.drafts import LENGTHS, WORTH, Costs, Draft, Share
+from ownlm.generate.drafts import LENGTHS, PRIOR, WORTH, Costs, Draft, Share
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, sample
@@ -41,7 +42,7 @@ class Shadow:
 
     text: Sequence
     sampling: Sampling
-    share: Share = field(default_factory=Share)
+    share: Share
     ahead: list[int] = field(default_factory=list)
 
     def agree(self) -> None:
@@ -65,6 +66,7 @@ class Drafter:
         self.shadows: dict[Sequence, Shadow] = {}
         self.costs = Costs()
         self.token_seconds = 0.0
+        self.usual = PRIOR  # the share of answers that have ended, with which new ones begin
 
     def share(self, sequence: Sequence) -> Share:
         """How much of what was drafted for this answer came true."""
@@ -75,6 +77,7 @@ class Drafter:
         shadow = self.shadows.pop(sequence, None)
         if shadow is not None:
             self.pool.release(shadow.text.pages)
+            self.usual = 0.8 * self.usual + 0.2 * shadow.share.value
 
     def drafts(self, answers: SequenceOf[Sequence], rows: int, costs: Costs) -> dict[Sequence, Draft]:
         """What these answers may say next; for some of them, or none, where that doesn't pay. `rows`: of the big model's step
@@ -83,7 +86,7 @@ class Drafter:
         chosen, length = self._plan(able, rows, costs)
         for sequence in set(able).difference(chosen):
             self._shadow(sequence).share.rest()
-        alone = costs.of(rows)
+        alone = costs.curve()(rows)
         ready = [] if alone is None else self._caught_up(chosen, alone)
         return self._write_ahead(ready, length) if ready else {}
 
@@ -97,6 +100,7 @@ class Drafter:
             shadow = self.shadows[sequence] = Shadow(
                 text=replace(sequence, pages=[], keys=[], cached=0),  # `known` stays the answer's own list
                 sampling=replace(sequence.sampling, logprobs=0, logit_bias=bias),
+                share=Share(self.usual),
             )
         return shadow
 
@@ -108,7 +112,8 @@ class Drafter:
     def _plan(self, able: SequenceOf[Sequence], rows: int, costs: Costs) -> tuple[list[Sequence], int]:
         """(for whom, how many tokens): what gives the most tokens a second. Drafts of k tokens for m answers add m * k rows to the
         big model's step, and k steps of m rows of the small one."""
-        alone = costs.of(rows)
+        of_big, of_small = costs.curve(), self.costs.curve()
+        alone = of_big(rows)
         if alone is None or not able:
             return [], 0
         best: tuple[list[Sequence], int] = ([], 0)
@@ -118,7 +123,7 @@ class Drafter:
             tokens = float(rows)
             for count, sequence in enumerate(order, start=1):
                 tokens += self._shadow(sequence).share.gain(length) - 1
-                big, small = costs.of(rows + count * length) or alone, self.costs.of(count) or 0.0
+                big, small = of_big(rows + count * length) or alone, of_small(count) or 0.0
                 if tokens / (big + length * small) > most:
                     best, most = (order[:count], length), tokens / (big + length * small)
         return best

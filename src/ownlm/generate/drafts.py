@@ -8,7 +8,10 @@ It is used where it pays: the gain is foretold from how many drafted tokens of t
 so many rows have taken here. A second model that drafts: drafter.py.
 """
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 LENGTHS = (2, 4, 7)  # drafted tokens; a block of the kernels holds eight rows
 GRAM = 3  # tokens that must have stood together before
@@ -73,13 +76,17 @@ class Costs:
         before = self.seconds.get(rows)
         self.seconds[rows] = seconds if before is None else 0.8 * before + 0.2 * seconds
 
-    def of(self, rows: int) -> float | None:
+    def curve(self) -> Callable[[int], float | None]:
         """What a step of so many rows takes: as seen (and no more than one of more rows took), else as one of fewer rows. None
         where none of as few was seen."""
-        if rows in self.seconds:
-            return min(seconds for count, seconds in self.seconds.items() if count >= rows)
-        below = max((count for count in self.seconds if count < rows), default=None)
-        return None if below is None else self.of(below)
+        counts = sorted(self.seconds)
+        least = list(accumulate((self.seconds[count] for count in reversed(counts)), min))[::-1]
+
+        def of(rows: int) -> float | None:
+            place = bisect_right(counts, rows) - 1
+            return least[place] if place >= 0 else None
+
+        return of
 
     def length(self, rows: int, share: Share) -> int:
         """How long a draft pays best beside `rows` rows, 0 where none does. What was never seen is tried."""
