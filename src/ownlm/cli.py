@@ -118,7 +118,7 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=workspace)
+    model = load_writer(args.ref, adapter=args.adapter, draft=args.draft, workspace=workspace)
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -140,7 +140,8 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=workspace), sampling=sampling)
+    model = load_decoder(args.ref, adapter=args.adapter, draft=args.draft, workspace=workspace)
+    talk(model, sampling=sampling)
 
 
 def convert(args: Arguments, reporter: Reporter) -> None:
@@ -197,6 +198,7 @@ def serve(args: Arguments, reporter: Reporter) -> None:
         args.ref,
         adapter=merged,
         adapters=named,
+        draft=args.draft,
         host=args.host,
         port=args.port,
         kv=args.kv,
@@ -243,6 +245,14 @@ OVERRIDE = (
 ADAPTER = (
     "--adapter",
     {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
+)
+DRAFT = (
+    "--draft",
+    {
+        "default": None,
+        "metavar": "NAME",
+        "help": "a small model of the same vocabulary that writes ahead: the same text, sooner",
+    },
 )
 SAMPLING = (
     "override",
@@ -298,6 +308,7 @@ COMMANDS: dict[str, Command] = {
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
+            DRAFT,
             (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
     ),
@@ -344,7 +355,7 @@ COMMANDS: dict[str, Command] = {
         run=summarize,
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": ONE_TEXT}), ADAPTER, SET),
     ),
-    "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, SAMPLING)),
     "convert": Command(
         run=convert,
         arguments=(
@@ -412,6 +423,7 @@ COMMANDS: dict[str, Command] = {
                     "help": "serve this adapter under a name beside the model (may be given again); without a name: merge it",
                 },
             ),
+            DRAFT,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
             (

@@ -25,10 +25,11 @@ from torch import Tensor
 from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate import asking
+from ownlm.generate import asking, beams
 from ownlm.generate.adapters import Adapters, for_each
-from ownlm.generate.answers import Answer, as_sampling, plain
+from ownlm.generate.answers import Answer, as_sampling, best, plain
 from ownlm.generate.checkpoint import open_checkpoint
+from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
 from ownlm.generate.prompts import Chat, Prompt, as_message, is_one
 from ownlm.generate.reading import Entity, Found, Headed
@@ -57,6 +58,7 @@ from ownlm.tokens.gguf import tokenizer_of
 Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
+ANSWER_SHARE = 0.75  # of it, where a single answer needs more
 PACKED_SHARE = 0.5  # likewise
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
 
@@ -65,6 +67,7 @@ def load(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -74,6 +77,7 @@ def load(
     base.
 
     adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
+    draft    a small decoder of the same vocabulary that writes ahead for it: the same text, sooner where that pays
     dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
     Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
     """
@@ -90,6 +94,10 @@ def load(
     model: Loaded = OPENERS[type(module)](
         module, found.path, name=found.name, ref=found.ref, digest=found.digest, **about
     )
+    if draft is not None:
+        if not isinstance(model, Model):
+            raise UserError("only a decoder can have a model that drafts for it.", where=str(ref))
+        model.draft_with(load_decoder(draft, workspace=workspace, device=device, dtype=dtype))
     return model
 
 
@@ -97,12 +105,13 @@ def load_writer(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Model | Seq2Seq":
     """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model | Seq2Seq):
         raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
     return model
@@ -112,12 +121,13 @@ def load_decoder(
     ref: str | Path,
     *,
     adapter: str | Path | None = None,
+    draft: str | Path | None = None,
     workspace: Workspace | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype)
+    model = load_writer(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
@@ -153,6 +163,7 @@ class Model:
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots, self.kv = slots, kv
+        self.draft: Model | None = None
         self.lock = threading.RLock()
         self._engine: Engine | None = None
         self._native: native.NativeDecoder | None = None
@@ -196,7 +207,18 @@ class Model:
         """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
         decoder = self.writer()
         slots = max(1, slots or self.slots)
-        return Engine(decoder, self.tokenizer, slots=slots, runner=self._runner(decoder, slots))
+        runner, drafter = self._runner(decoder, slots), None
+        if self.draft is not None:
+            small = self.draft.writer()
+            drafter = Drafter(small, self.draft._runner(small, slots), context=self.context)
+        return Engine(decoder, self.tokenizer, slots=slots, runner=runner, drafter=drafter)
+
+    def draft_with(self, small: "Model | None") -> None:
+        """Let a small decoder write ahead from now on: the same text, sooner where that pays. Raises UserError: another vocabulary."""
+        if small is not None:
+            self.writer()
+            check_vocabulary(self.tokenizer, small.tokenizer, small.writer(), where=small.ref)
+        self.draft, self._engine = small, None
 
     @cached_property
     def adapters(self) -> Adapters:
@@ -221,8 +243,10 @@ class Model:
         kernels = self._kernels()
         room = int(machine.free_memory_bytes() * CACHE_SHARE)
         if kernels is not None:
-            least = -(-self.context // native.PAGE)
-            pages = max(least, min(slots * least, room // kernels.page_bytes(self.kv)))
+            least, page_bytes = -(-self.context // native.PAGE), kernels.page_bytes(self.kv)
+            pages = min(slots * least, room // page_bytes)
+            if pages < least:  # then texts are shorter than the model would read, and none ends the process
+                pages = max(1, min(least, int(room / CACHE_SHARE * ANSWER_SHARE) // page_bytes))
             return NativeRunner(kernels, decoder, pages=pages, kv=self.kv)
         if self.kv is not None:
             reason = native.unsupported(decoder) or "there is no memory for a packed copy of the weights"
@@ -293,17 +317,29 @@ class Model:
         embeds: for each prompt what stands in for the embedding of its tokens, or None. adapter: as in `generate`.
         """
         chosen = [None if name is None else self.adapters[name] for name in for_each(adapter, len(prompts))]
-        engine = self.engine(min(self.slots, len(prompts) * sampling.n))
+        engine = self.engine(max(sampling.beams, min(self.slots, len(prompts) * max(sampling.answers, sampling.beams))))
+        if sampling.beams > 1:
+            if any(one is not None for one in chosen):
+                raise UserError(
+                    "a search over beams goes without adapters.", where="adapter", cure="Merge the adapter."
+                )
+            searched = beams.search(engine, prompts, sampling, embeds)
+            return [
+                [one.completion(self.tokenizer, prompt) for one in found]
+                for prompt, found in zip(prompts, searched, strict=True)
+            ]
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         given = embeds or [None] * len(prompts)
         requests = {engine.add(prompts[at], sampling, given[at], adapter=chosen[at]): at for at in order}
-        results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
+        results: list[list[Answer]] = [[Answer() for _ in range(sampling.answers)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
                 results[requests[event.request]][event.index].add(event)
+        if sampling.answers > sampling.n:
+            results = [[row[at] for at in best([one.logprobs for one in row], sampling.n)] for row in results]
         return [
             [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
         ]
@@ -311,9 +347,13 @@ class Model:
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | None = None, **fields: Any
     ) -> Generator[str, None, None]:
-        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest. adapter: as in `generate`."""
-        read = self.read(prompt)
-        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD, adapter):
+        """The pieces of the completion's text, as they come; of the best of several (`best_of`, `beams`) the whole, known at the end only.
+        Closing the iterator cancels the rest. adapter: as in `generate`."""
+        settings, read = plain(as_sampling(sampling, fields)), self.read(prompt)
+        if settings.answers > 1 or settings.beams > 1:
+            yield self.generate(prompt, settings, adapter=adapter).text
+            return
+        for event in self.events(read.ids, settings, read.embeds_TD, adapter):
             if event.text:
                 yield event.text
 
@@ -324,7 +364,8 @@ class Model:
         embeds_TD: Tensor | None = None,
         adapter: str | None = None,
     ) -> Iterator[Event]:
-        """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
+        """The engine's events for one prompt, of all answers that are written. Several may be open at once: they share one engine
+        and one batch."""
         chosen = None if adapter is None else self.adapters[adapter]
         with self.lock:
             state = weights_state(self.shapes)
@@ -334,7 +375,7 @@ class Model:
             engine = self._engine
             request = engine.add(prompt, sampling, embeds_TD, adapter=chosen)
             queue = self._events[request] = deque()
-        open_answers = sampling.n
+        open_answers = sampling.answers
         try:
             while open_answers:
                 with self.lock:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ownlm.generate.sequence import Row
+from ownlm.generate.sequence import Sequence as Writing
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
 from ownlm.models.adapters import Learned, beside
@@ -38,6 +39,17 @@ class Runner(Protocol):
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
         ...
+
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        ...
+
+
+def salt(model: Decoder, sequence: Writing) -> bytes:
+    """What must be equal besides the tokens for two texts to share pages: adapter, tenant, and how positions turn in texts so long."""
+    long = any(is_long(layer.rotary, len(sequence.known)) for layer in model.config.layers if layer.rotary)
+    number = "" if sequence.adapter is None else sequence.adapter.number
+    return f"{int(long)}:{number}:{sequence.tenant}".encode()
 
 
 class TorchRunner:
@@ -71,6 +83,10 @@ class TorchRunner:
                 own = weight.to(hidden_WD.dtype), None if bias is None else bias.to(hidden_WD.dtype)
                 logits[index] = self.model.logits(states[index], own).float()
         return logits
+
+    def copy(self, page: int, onto: int) -> None:
+        for whole_LNKSd in (self.cache.keys_LNKSd, self.cache.values_LNKSd):
+            whole_LNKSd[:, onto] = whole_LNKSd[:, page]
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
@@ -147,6 +163,9 @@ class NativeRunner:
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None
         return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def copy(self, page: int, onto: int) -> None:
+        self.cache.copy(page, onto)
 
     def _is_long(self, row: Row) -> bool:
         return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)

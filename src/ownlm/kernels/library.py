@@ -58,6 +58,7 @@ FUNCTIONS = {
     "ownlm_bytes": (LONG, (POINTER,)),
     "ownlm_cache_new": (POINTER, (POINTER, INT, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
+    "ownlm_cache_copy": (None, (POINTER, INT, INT)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
     "ownlm_adapter_new": (POINTER, (INT,)),
     "ownlm_adapter_pair": (INT, (POINTER, *[INT] * 7, POINTER, POINTER)),

@@ -338,6 +338,11 @@ class PagedCache:
         if not self.handle:
             raise no_memory()
 
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        assert 0 <= page < self.pages > onto >= 0, f"{page}, {onto} of {self.pages} pages"
+        self.decoder._lib.ownlm_cache_copy(self.handle, page, onto)
+
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self.decoder._lib.ownlm_cache_delete(self.handle)

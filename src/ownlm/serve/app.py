@@ -47,7 +47,8 @@ def create_app(
 ) -> Starlette:
     """An app that serves one model.
 
-    api_keys         who may use the API; none: everybody who can reach it
+    api_keys         who may use the API; none: everybody who can reach it. As {key: least priority} they say how far before
+                     others each may go with `priority` (smaller goes first); otherwise at 0, before nobody
     admin_keys       who may load and unload adapters; none: nobody where there are API keys, otherwise everybody
     allowed_hosts    host names besides localhost and IP addresses
     allowed_origins  pages besides our own that may send requests, e.g. behind a TLS proxy
@@ -59,7 +60,7 @@ def create_app(
     """
     keys = Keys(api_keys)
     journal = Journal(record) if record else None
-    service = Service(model, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
+    service = Service(model, keys=keys, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
     predictions, loading = replicate.Predictions(), Loading(workspace)
 
     api: tuple[tuple[str, str, Handler], ...] = (
@@ -158,6 +159,8 @@ def metrics(service: Service) -> Callable[[Request], Response]:
             waiting=len(engine.waiting),
             cache_usage=engine.cache_usage,
             faults=worker.faults,
+            drafted=engine.drafted_tokens,
+            accepted=engine.accepted_tokens,
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

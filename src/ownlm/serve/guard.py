@@ -13,7 +13,8 @@ import hashlib
 import hmac
 import ipaddress
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from starlette.routing import BaseRoute, Match, Route
@@ -44,7 +45,7 @@ SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
 
 
 class Keys:
-    """API keys, kept as SHA-256 only."""
+    """API keys, kept as SHA-256 only, and the least priority of each (0 where `keys` is no mapping)."""
 
     def __init__(self, keys: Collection[str]) -> None:
         if any(len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key for key in keys):
@@ -54,6 +55,8 @@ class Keys:
                 cure='`python -c "import secrets; print(secrets.token_urlsafe(24))"` makes one.',
             )
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        least = [keys[key] if isinstance(keys, Mapping) else 0 for key in keys]
+        self.least = dict(zip(map(_key_id, self.digests), least, strict=True))
 
     @property
     def required(self) -> bool:
@@ -64,7 +67,15 @@ class Keys:
         scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
         matches = [digest for digest in self.digests if hmac.compare_digest(given, digest)]
-        return matches[0].hex()[:8] if matches and scheme.lower() == "bearer" else None
+        return _key_id(matches[0]) if matches and scheme.lower() == "bearer" else None
+
+    def least_priority(self, key_id: str | None) -> float:
+        """The smallest priority that requests with this key may have; without keys there is nobody to push aside."""
+        return self.least[key_id] if self.required and key_id is not None else -math.inf
+
+
+def _key_id(digest: bytes) -> str:
+    return digest.hex()[:8]
 
 
 def check_access(routes: Sequence[BaseRoute], declared: dict[str, Access]) -> None:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ownlm.generate.adapters import Adapter
+from ownlm.generate.answers import best
 from ownlm.generate.sampling import Token
 from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
@@ -31,7 +32,7 @@ def model_card(service: Service, adapter: Adapter | None = None) -> dict[str, An
         "object": "model",
         "created": service.started,
         "owned_by": "ownlm",
-        "max_model_len": service.model.context,
+        "max_model_len": service.worker.engine.context,
         "ref": service.model.ref,
     }
     own = {} if adapter is None else {"id": adapter.name, "ref": adapter.ref, "parent": service.model.name}
@@ -58,7 +59,8 @@ async def chat_completions(exchange: Exchange, request: Request) -> Response:
     service = exchange.service
     adapter = service.chosen(wire.model)
     sampling = await service.prepared(wire.sampling())
-    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling, adapter=adapter)
+    prompt = await service.tokens([message.message() for message in wire.messages])
+    exchange.submit([prompt], sampling, adapter=adapter, priority=wire.priority, deadline=wire.deadline)
     head = {"id": f"chatcmpl-{exchange.id}", "created": int(time.time()), "model": wire.model}
     if service.model.digest and adapter is None:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
@@ -107,7 +109,8 @@ async def completions(exchange: Exchange, request: Request) -> Response:
     adapter = service.chosen(wire.model)
     given = wire.prompts()
     prompts = [await service.tokens(prompt) for prompt in given]
-    exchange.submit(prompts, await service.prepared(wire.sampling()), adapter=adapter)
+    sampling = await service.prepared(wire.sampling())
+    exchange.submit(prompts, sampling, adapter=adapter, priority=wire.priority, deadline=wire.deadline)
     decode = service.model.tokenizer.decode
     echoed = [
         (prompt if isinstance(prompt, str) else decode(prompt, special=True)) if wire.echo else "" for prompt in given
@@ -176,16 +179,30 @@ Answer = tuple[str, list[Entry], Event, Event]  # text, visible tokens, first an
 
 
 async def gather(exchange: Exchange) -> list[Answer]:
-    """All answers of a request, in the order of choices."""
+    """All answers of a request, in the order of choices; with `best_of` the best of those to each prompt."""
     answers: dict[int, tuple[list[str], list[Entry], Visible, list[Event]]] = {}
     async for batch in exchange.batches():
         for index, event in batch:
-            texts, tokens, visible, ends = answers.setdefault(index, ([], [], Visible(), [event, event]))
+            texts, tokens, visible, events = answers.setdefault(index, ([], [], Visible(), []))
             texts.append(event.text)
             tokens += visible.push(event)
-            ends[1] = event
-    ordered = [answers[index] for index in sorted(answers)]
-    return [("".join(texts), tokens, first, last) for texts, tokens, _, (first, last) in ordered]
+            events.append(event)
+    assert exchange.sampling is not None, "nothing was submitted"
+    n, written = exchange.sampling.n, exchange.sampling.answers
+    given: list[int] = []
+    for first in range(0, len(answers), written):
+        of_prompt = range(first, first + written)
+        logprobs = [[_logprob(event) for event in answers[index][3] if event.token] for index in of_prompt]
+        given += [first + place for place in best(logprobs, n)] if written > n else of_prompt
+    return [
+        ("".join(texts), tokens, events[0], events[-1]) for texts, tokens, _, events in (answers[at] for at in given)
+    ]
+
+
+def _logprob(event: Event) -> float:
+    assert event.token is not None
+    assert event.token.logprob is not None
+    return event.token.logprob
 
 
 Choices = Callable[[int, Event, list[Entry]], list[dict[str, Any]]]

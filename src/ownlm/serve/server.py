@@ -27,6 +27,7 @@ def serve(
     *,
     adapter: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
+    draft: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: Collection[str] = (),
@@ -46,6 +47,7 @@ def serve(
     adapter     merged into a model that is named, as in `load`
     adapters    by name, to be asked for as models beside it; more may come and go over HTTP
     admin_keys  who may load and unload adapters, see `create_app`
+    draft       a small model that writes ahead for one that is named, as in `load`
     kv          how keys and values are kept, as `Model` has it; None: as the model is set
     ready       called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
@@ -60,7 +62,7 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home(), reporter)
-        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, workspace=workspace)
+        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, draft=draft, workspace=workspace)
         for name, one in (adapters or {}).items():
             model.adapters.load(name, one, workspace=workspace)
         model.kv = kv or model.kv

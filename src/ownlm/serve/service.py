@@ -24,7 +24,7 @@ from ownlm.generate.model import Model
 from ownlm.generate.prompts import Prompt
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.sequence import Event
-from ownlm.serve.guard import BodyTooLarge, error_body
+from ownlm.serve.guard import BodyTooLarge, Keys, error_body
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Metrics
 from ownlm.serve.wire import BadRequest
@@ -46,9 +46,9 @@ class Service:
     """The model being served. Lives as long as the app."""
 
     def __init__(
-        self, model: Model, *, slots: int, max_waiting: int, journal: Journal | None, record_text: bool
+        self, model: Model, *, keys: Keys, slots: int, max_waiting: int, journal: Journal | None, record_text: bool
     ) -> None:
-        self.model, self.journal, self.record_text = model, journal, record_text
+        self.model, self.keys, self.journal, self.record_text = model, keys, journal, record_text
         self.worker = Worker(model, slots=slots)
         self.metrics = Metrics(model.name)
         self.max_answers = self.worker.engine.slots + max_waiting
@@ -104,14 +104,29 @@ class Exchange:
         self.prompt_text, self.answer_text = "", ""
         self.ended = False
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, adapter: Adapter | None = None) -> None:
-        """Queue the prompts. Raises BadRequest (429 when too much is waiting), ContextTooLong or UserError."""
-        service, answers = self.service, len(prompts) * sampling.n
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        adapter: Adapter | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        """Queue the prompts. Raises BadRequest (429 when too much is waiting, 403 for a priority that isn't this key's),
+        ContextTooLong or UserError."""
+        service, answers = self.service, len(prompts) * sampling.answers
         if answers > service.max_answers:
             raise BadRequest(f"This request asks for {answers} answers; at most {service.max_answers} may be open.")
         if service.open_answers + answers > service.max_answers:
             raise BadRequest("Too many requests are waiting. Try again soon.", status=429, code="queue_full")
-        self.ticket = service.worker.submit(prompts, sampling, adapter=adapter, tenant=self.key_id or "")
+        least = service.keys.least_priority(self.key_id)
+        if priority < least:
+            message = f"With this API key the least priority is {least}, not {priority}."
+            raise BadRequest(message, param="priority", status=403, code="priority_not_allowed")
+        self.ticket = service.worker.submit(
+            prompts, sampling, adapter=adapter, tenant=self.key_id or "", priority=priority, deadline=deadline
+        )
         self.adapter = adapter
         service.open_answers += answers
         self.sampling = sampling
@@ -150,7 +165,7 @@ class Exchange:
         self.ended = True
         service, latency_s = self.service, time.monotonic() - self.began_s
         if self.ticket is not None:
-            service.open_answers -= len(self.ticket.prompts) * self.ticket.sampling.n
+            service.open_answers -= self.ticket.answers
             if self.ticket.open:
                 service.worker.cancel(self.ticket)
                 self.finish_reason = "error" if status >= 500 else "abort"

@@ -169,6 +169,8 @@ void* ownlm_cache_new(void* handle, int kind, int pages) try {
 
 void ownlm_cache_delete(void* cache) { delete (Cache*)cache; }
 
+void ownlm_cache_copy(void* cache, int page, int onto) { ((Cache*)cache)->copy(page, onto); }
+
 int ownlm_step(void* handle, void* cache, const Rows* rows) try {
     Handle* h = (Handle*)handle;
     std::lock_guard lock(h->team->busy);

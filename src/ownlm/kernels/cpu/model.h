@@ -114,6 +114,7 @@ struct Prepared {
 struct Cache {
     Cache(const ModelSpec& spec, Kind kind, int pages);
     Pages layer(size_t index) const;
+    void copy(size_t page, size_t onto);
     const Kind kind;
     const size_t head_stride, page_stride, layer_stride;
     Memory keys, values;

@@ -346,6 +346,15 @@ Pages Cache::layer(size_t index) const {
     return {keys.data() + base, values.data() + base, page_stride, head_stride, kind};
 }
 
+// All layers' keys and values of a page.
+void Cache::copy(size_t page, size_t onto) {
+    const size_t element = element_bytes(kind);
+    for (Memory* memory : {&keys, &values})
+        for (size_t base = 0; base < memory->bytes(); base += layer_stride * element)
+            std::memcpy(memory->data() + base + onto * page_stride * element, memory->data() + base + page * page_stride * element,
+                        page_stride * element);
+}
+
 void Model::step(Cache& cache, const Rows& rows) {
     Step step(*this, cache, rows);
     pool->run([&](int id) { step.run(Member(*pool, id)); });
