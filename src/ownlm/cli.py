@@ -147,7 +147,7 @@ def convert(args: Arguments, reporter: Reporter) -> None:
 
 
 def quantize(args: Arguments, reporter: Reporter) -> None:
-    """Make a decoder's checkpoint small and fast: its weights as integers, calibrated on its own documents. What that costs is
+    """Make a checkpoint small and fast: its weights as integers, a decoder's calibrated on its own documents. What that costs is
     measured on held-out text."""
     from ownlm import pipeline
 
@@ -463,8 +463,8 @@ COMMANDS: dict[str, Command] = {
                 "--method",
                 {
                     "choices": ("gptq", "rtn"),
-                    "default": "gptq",
-                    "help": "gptq: calibrated on text (default); rtn: rounded to the nearest, no text needed",
+                    "default": None,
+                    "help": "gptq: calibrated on text (decoders; the default there); rtn: rounded to the nearest, no text needed",
                 },
             ),
             (

@@ -10,9 +10,11 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
 from ownlm.kernels import library
+from ownlm.kernels.linear import accelerate
 from ownlm.models import peft
 from ownlm.models.adapters import merge
 from ownlm.models.coded import is_quantised
+from ownlm.models.decoder import Decoder
 from ownlm.models.weights import load_model
 
 
@@ -61,6 +63,8 @@ def open_checkpoint(
         path = artifact.path
     kept = codes and not adapters and torch.device(device).type == "cpu" and _runs_codes(path)
     module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=kept)
+    if kept and not isinstance(module, Decoder):  # whose whole step is native, when it writes
+        accelerate(module)
     for one in adapters:
         in_folder = (Path(one) / peft.CONFIG).is_file()
         peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)

@@ -57,6 +57,11 @@ FUNCTIONS = {
     "ownlm_cache_new": (POINTER, (POINTER, INT, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
+    "ownlm_linear_new": (POINTER, (ctypes.c_char_p, INT, INT, INT, INT, INT, POINTER, POINTER, POINTER)),
+    "ownlm_linear_delete": (None, (POINTER,)),
+    "ownlm_linear_bytes": (LONG, (POINTER,)),
+    "ownlm_linear": (INT, (POINTER, INT, POINTER, POINTER)),
+    "ownlm_read": (ctypes.c_uint64, (INT, POINTER, LONG)),
     "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
 }
 

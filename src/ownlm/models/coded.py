@@ -1,4 +1,4 @@
-"""Directories that `ownlm quantize` writes: a decoder's matrices as codes and scales, under the names of our modules.
+"""Directories that `ownlm quantize` writes: a model's matrices as codes and scales, under the names of our modules.
 
     config.json         that of the model, and quantization_config = {"quant_method": "ownlm", …}
     model.safetensors   NAME.codes and NAME.scales (quantize.py) for each matrix, everything else as it was
@@ -6,10 +6,10 @@
 The file is the quantised model's own state: opening it is mapping it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,9 +18,13 @@ from ownlm.errors import ArtifactError
 from ownlm.formats.tensorfile import Entry, map_tensors
 from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
+from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import from_hf
 from ownlm.models.pooling import read_pooling
-from ownlm.models.quantize import GROUP, Codes, Scheme, plain, quantized
+from ownlm.models.quantize import GROUP, Codes, Scheme, linears, plain, quantized
+
+Quantizable: TypeAlias = Decoder | Encoder | EncoderDecoder
 
 SETTINGS = {"quant_method": "ownlm", "group": GROUP}
 SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
@@ -32,8 +36,17 @@ def is_quantised(hf: Mapping[str, Any]) -> bool:
     return isinstance(about, dict) and about.get("quant_method") == SETTINGS["quant_method"]
 
 
-def matrices(model: Decoder) -> list[str]:
-    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error."""
+def quantizable(model: Any) -> TypeGuard[Quantizable]:
+    """Decoders that write, encoders with any head or none, encoder-decoders."""
+    return isinstance(model, Encoder | EncoderDecoder) or (isinstance(model, Decoder) and model.task is None)
+
+
+def matrices(model: Quantizable) -> list[str]:
+    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error, and neither do heads
+    with a few labels."""
+    if not isinstance(model, Decoder):
+        head = isinstance(model, EncoderDecoder) and model.lm_head is not None
+        return ["embed_tokens", *linears(model), *(["lm_head"] if head else [])]
     blocks = [(f"layers.{index}", block) for index, block in enumerate(model.layers)]
     inside = [
         f"{name}.{part}"
@@ -57,7 +70,7 @@ def load(
     dtype: torch.dtype | None,
     device: torch.device | str,
     codes: bool,
-) -> Decoder:
+) -> Quantizable:
     """See `load_model`. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped tensors."""
     where = str(root)
     if hf["quantization_config"] != SETTINGS:
@@ -66,11 +79,11 @@ def load(
         )
     hf = {key: value for key, value in hf.items() if key != "quantization_config"}
     entries = {name: entry for held in files.values() for name, entry in held.items()}
-    config, family = from_hf(hf, where=f"{root / 'config.json'}")
+    config, family = from_hf(hf, where=f"{root / 'config.json'}", stored=frozenset(_told(entries)))
     with torch.device("meta"):
         model: Any = family.build(config, hf)
-        if not isinstance(model, Decoder) or model.task is not None:
-            raise ArtifactError("only decoders that write are quantised.", where=where)
+        if not quantizable(model):
+            raise ArtifactError(f"a model of type {hf.get('model_type')} is never quantised.", where=where)
         for name in matrices(model):
             model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
     _match(model.state_dict(), entries, where)
@@ -86,8 +99,22 @@ def load(
         model.requires_grad_(True)
         if dtype is None:
             model.float()
-    model.pooling = read_pooling(root)
+    if isinstance(model, Decoder | Encoder):
+        model.pooling = read_pooling(root)
     return model.to(device).eval()
+
+
+# Some configs don't say which heads there are. Then families ask for a tensor by the name that it has elsewhere.
+ELSEWHERE = {
+    "lm_head.codes": ("lm_head.weight",),
+    "head.norm.weight": ("cls.predictions.transform.dense.weight", "lm_head.dense.weight", "vocab_transform.weight"),
+    "next_sentence.weight": ("cls.seq_relationship.weight",),
+}
+
+
+def _told(entries: Iterable[str]) -> Iterator[str]:
+    for name in entries:
+        yield from ELSEWHERE.get(name, (name,))
 
 
 def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:

@@ -74,6 +74,45 @@ Norm& norm_of(Model& model, int layer, int slot) {
     return *norms[slot];
 }
 
+const Kernels* kernels_named(const char* instruction_set) {
+    for (auto* kernels : supported())
+        if (!std::strcmp(kernels->name, instruction_set)) return kernels;
+    return nullptr;
+}
+
+void put_bias(Packed& packed, const float* bias) {
+    packed.bias_values.assign(packed.padded(), 0.0f);
+    std::copy(bias, bias + packed.n, packed.bias_values.begin());
+    packed.bias = packed.bias_values.data();
+}
+
+void fill(Team& team, Packed& packed, int first, int count, int source, const void* values, const uint16_t* scales) {
+    std::lock_guard lock(team.busy);
+    Pool& pool = team.pool;
+    // Threads take whole tiles, for two rows of a tile share its bytes.
+    const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
+    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
+                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
+    pool.run([&](int id) {
+        Member(pool, id).split(tiles, [&](int t0, int t1) {
+            const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
+            const uint8_t* from = (const uint8_t*)values + r0 * width;
+            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
+            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
+            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
+        });
+    });
+}
+
+// A matrix by itself, for models whose steps are PyTorch's.
+struct Alone {
+    Packed matrix;
+    const Kernels* kernels;
+    Team* team;
+    Prepared in;
+    std::vector<float> padded;  // rows of x, where they don't end with a group
+};
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -92,8 +131,7 @@ const char* ownlm_instruction_sets() {
 void* ownlm_new(const ModelSpec* spec, const char* instruction_set, int threads) try {
     auto handle = std::make_unique<Handle>();
     Model& model = handle->model;
-    for (auto* kernels : supported())
-        if (!std::strcmp(kernels->name, instruction_set)) model.kernels = kernels;
+    model.kernels = kernels_named(instruction_set);
     if (!model.kernels) return nullptr;
     handle->team = &team(threads);
     model.pool = &handle->team->pool;
@@ -130,11 +168,7 @@ void ownlm_vector(void* handle, int layer, int slot, int64_t count, const float*
 int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n, int k, const float* bias) try {
     Packed& packed = matrix(((Handle*)handle)->model, layer, slot, expert);
     allocate(packed, Kind(kind), n, k);
-    if (bias) {
-        packed.bias_values.assign(packed.padded(), 0.0f);
-        std::copy(bias, bias + n, packed.bias_values.begin());
-        packed.bias = packed.bias_values.data();
-    }
+    if (bias) put_bias(packed, bias);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
@@ -143,22 +177,7 @@ int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n,
 // Fill rows [first, first + count). `source`: 0 floats, 1 bf16, 2 codes with scales.
 void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
     Handle* h = (Handle*)handle;
-    Packed& packed = matrix(h->model, layer, slot, expert);
-    std::lock_guard lock(h->team->busy);
-    Pool& pool = h->team->pool;
-    // Threads take whole tiles, for two rows of a tile share its bytes.
-    const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
-    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
-                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
-    pool.run([&](int id) {
-        Member(pool, id).split(tiles, [&](int t0, int t1) {
-            const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
-            const uint8_t* from = (const uint8_t*)values + r0 * width;
-            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
-            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
-            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
-        });
-    });
+    fill(*h->team, matrix(h->model, layer, slot, expert), first, count, source, values, scales);
 }
 
 void ownlm_tie(void* handle) { ((Handle*)handle)->model.tied = true; }
@@ -195,6 +214,70 @@ void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int
     };
     if (rows == 1) return choose(0, 1);
     all.pool.run([&](int id) { Member(all.pool, id).split(rows, choose); });
+}
+
+// A linear layer of its own: weights (n, k) as in ownlm_pack, bias (n) or none. Null without memory.
+void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n, int k, int source, const void* values, const uint16_t* scales,
+                       const float* bias) try {
+    auto alone = std::make_unique<Alone>();
+    alone->kernels = kernels_named(instruction_set);
+    if (!alone->kernels) return nullptr;
+    alone->team = &team(threads);
+    allocate(alone->matrix, Kind(kind), n, k);
+    if (bias) put_bias(alone->matrix, bias);
+    fill(*alone->team, alone->matrix, 0, n, source, values, scales);
+    return alone.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void ownlm_linear_delete(void* linear) { delete (Alone*)linear; }
+
+int64_t ownlm_linear_bytes(void* linear) { return int64_t(((Alone*)linear)->matrix.bytes()); }
+
+// y = x W' + bias: x (rows, k), y (rows, n rounded up to 16).
+int ownlm_linear(void* linear, int rows, const float* x, float* y) try {
+    Alone& alone = *(Alone*)linear;
+    const Matrix& w = alone.matrix;
+    std::lock_guard lock(alone.team->busy);
+    Pool& pool = alone.team->pool;
+    const size_t width = size_t(w.groups()) * GROUP;
+    alone.in.shape(w.kind, rows, w.k);
+    if (width != size_t(w.k)) alone.padded.assign(rows * width, 0.0f);
+    pool.run([&](int id) {
+        Member member(pool, id);
+        member.split(rows, [&](int r0, int r1) {
+            for (int r = r0; r < r1; r++) {
+                const float* row = x + size_t(r) * w.k;
+                if (!alone.padded.empty()) row = std::copy(row, row + w.k, alone.padded.data() + r * width) - w.k;
+                alone.kernels->prepare(w.kind, row, r, 0, w.groups(), alone.in.in);
+            }
+        });
+        const int piece = std::max(1, std::min(8, w.tile_count() / (member.threads() * 8)));
+        member.share(w.tile_count(), piece, [&](int t0, int t1) { alone.kernels->matmul(w, alone.in.in, rows, y, w.padded(), false, t0, t1); });
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// The sum of `count` words, which the threads share: how fast memory is read.
+uint64_t ownlm_read(int threads, const uint64_t* words, int64_t count) {
+    Team& all = team(threads);
+    std::lock_guard lock(all.busy);
+    std::vector<uint64_t> sums(all.pool.size());
+    all.pool.run([&](int id) {
+        Member(all.pool, id).split(int(count / 4096), [&](int begin, int end) {
+            uint64_t sum[8] = {};
+            for (const uint64_t* at = words + begin * int64_t(4096); at < words + end * int64_t(4096); at += 8)
+                for (int j = 0; j < 8; j++) sum[j] += at[j];
+            for (uint64_t each : sum) sums[id] += each;
+        });
+    });
+    uint64_t total = 0;
+    for (uint64_t each : sums) total += each;
+    for (int64_t i = count / 4096 * 4096; i < count; i++) total += words[i];
+    return total;
 }
 
 }  // extern "C"
