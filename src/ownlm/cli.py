@@ -139,6 +139,33 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
 
 
+def bench(args: Arguments, reporter: Reporter) -> None:
+    """Measure how fast a decoder generates on this machine's processor, beside what its memory and its cores allow: a table, and in a
+    folder bench.json and bench.html with a roofline."""
+    from dataclasses import asdict
+
+    from ownlm.evaluate import bench as benches
+
+    out = Path(args.out or f"bench-{Path(args.ref).name.removesuffix('.gguf')}")
+    if out.exists() and not out.is_dir():
+        raise UserError("this is a file.", where=str(out), cure="Name a folder: --out DIR.")
+    done = benches.bench(
+        args.ref,
+        kind=args.kind,
+        threads=args.threads,
+        prompts=args.prompts,
+        batches=args.batches or benches.BATCHES,
+        workspace=_workspace(reporter),
+        reporter=reporter,
+    )
+    benches.write(done, out)
+    for text in benches.about(done):
+        reporter.line(text)
+    reporter.table(*benches.table(done))
+    reporter.line(f"{out / 'bench.html'} has the picture, {out / 'bench.json'} the numbers.")
+    reporter.event("bench", out=out, **asdict(done))
+
+
 def convert(args: Arguments, reporter: Reporter) -> None:
     """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
     from ownlm.formats.convert import convert as run
@@ -306,6 +333,14 @@ def _written(kind: str, texts: Sequence[str], completions: Sequence[Any], report
         reporter.line(completion.text.strip())
 
 
+def _numbers(word: str) -> list[int]:
+    """Whole numbers between commas: _numbers("1,4") == [1, 4]."""
+    try:
+        return [int(part) for part in word.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} are no whole numbers; write for example 1,4,16") from None
+
+
 def _lines(words: Sequence[str]) -> list[str]:
     """The texts of the command line; "-" stands for the lines of standard input, @FILE for those of a file."""
     texts: list[str] = []
@@ -441,6 +476,31 @@ COMMANDS: dict[str, Command] = {
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": 'a text, its file, or "-"'}), ADAPTER),
     ),
     "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
+    "bench": Command(
+        run=bench,
+        arguments=(
+            ("what", {"choices": ("generate",), "help": "what is measured"}),
+            REF,
+            (
+                "--kind",
+                {
+                    "choices": ("f32", "bf16", "int8", "int4"),
+                    "default": None,
+                    "help": "precision of the weights (default: that in which the model runs)",
+                },
+            ),
+            ("--threads", {"default": None, "type": int, "metavar": "N", "help": "threads (default: all cores)"}),
+            (
+                "--prompts",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "lengths of prompts (default 64,512)"},
+            ),
+            (
+                "--batches",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "streams at a time (default 1,2,4,8,16)"},
+            ),
+            ("--out", {"default": None, "metavar": "DIR", "help": "folder of what is written (default bench-NAME)"}),
+        ),
+    ),
     "convert": Command(
         run=convert,
         arguments=(
