@@ -1,10 +1,11 @@
-"""Tokens per second of generation: ownlm beside llama.cpp and transformers, the same random weights, in turn.
+"""Tokens per second of generation: ownlm beside llama.cpp, transformers and CTranslate2, the same random weights, in turn.
 
     python benchmarks/generate_speed.py [--python PYTHON] [--shapes m125 m1b qwen3 gemma3 mixtral] [--kinds int4 int8 bf16]
-                                        [--rounds 5] [--threads 2]
+                                        [--rounds 5] [--threads 2] [--ctranslate2 PYTHON]
 
 Makes an environment with llama-cpp-python compiled for this processor (about ten minutes), or uses the Python that is named. Its
-files are written by ownlm's own export, every matrix in the same type. Each side is a process of its own that stays for
+files are written by ownlm's own export, every matrix in the same type. CTranslate2 (int8; m125 and m1b) takes part where a Python is
+named that has it, transformers and torch. Each side is a process of its own that stays for
 all rounds; only one works at a time. Measured: a prompt of 512 tokens, and steps of 1, 8 and 16 streams that each hold 64 tokens
 when they begin. "step" is the bare step of the model, on all sides; "engine" is all of ownlm: scheduling, the step, greedy choice,
 stops, events. The limits of the machine are taken in every round: reading memory in huge pages, products of int8.
@@ -226,6 +227,11 @@ def compare(shape: str, args: argparse.Namespace, python: str) -> None:
                 )
             if not args.without_transformers:
                 children["transformers bf16"] = Child([*own, "transformers"], args.threads)
+            if args.ctranslate2 and SHAPES[shape]["model_type"] == "llama":
+                side = Path(__file__).with_name("ctranslate2_speed.py")
+                children["CTranslate2 int8"] = Child(
+                    [args.ctranslate2, str(side), str(folder / "hf"), str(args.threads)], args.threads
+                )
             table(shape, children, args)
         finally:
             for child in children.values():
@@ -290,6 +296,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(TYPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ctranslate2", metavar="PYTHON", help="one that has ctranslate2, transformers and torch")
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
