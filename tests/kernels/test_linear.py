@@ -16,8 +16,10 @@ from ownlm.artifact import Workspace
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.kernels import library
 from ownlm.kernels.linear import Product, accelerate, teams
+from ownlm.models.blocks import ACTIVATIONS, MLP, gated
 from ownlm.models.calibrate import quantize_rest
 from ownlm.models.quantize import GROUP, Codes, QuantizedLinear, Scheme, quantize, quantize_linears
+from ownlm.models.specs import Activation, FeedForward
 from ownlm.models.weights import load_model, save_codes
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
@@ -69,6 +71,39 @@ def test_training_and_copies_leave_the_kernels_out() -> None:
         assert torch.equal(quantised(x), quantised.product(x))  # type: ignore[misc]
         assert torch.equal(copy.deepcopy(quantised)(x), quantised(x))
         assert not torch.equal(F.linear(x, kept.tensor(), bias), quantised(x))
+
+
+@pytest.mark.parametrize("instruction_set", library.instruction_sets())
+@pytest.mark.parametrize("size", [48, 130])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_a_whole_feed_forward(
+    is_gated: bool, activation: Activation, size: int, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "instruction_set", lambda: instruction_set)
+    spec = FeedForward(size=size, activation=activation, gated=is_gated, bias=True, limit=1.5 if is_gated else None)
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": MLP(50, spec)})])
+    whole = torch.nn.ModuleDict({"layers": model})
+    quantize_linears(whole, "int8")
+    mlp = model[0]["mlp"]
+    x = torch.randn(3, 11, 50)
+    plain = {name: layer.kept.tensor() for name, layer in mlp.named_children()}
+    inputs = rounded(x)
+    up = F.linear(inputs, plain["up_proj"], mlp.up_proj.bias)
+    gate = F.linear(inputs, plain["gate_proj"], mlp.gate_proj.bias) if is_gated else up
+    inner = gated(gate, up, spec) if is_gated else ACTIVATIONS[activation](up)
+    expected = F.linear(rounded(inner), plain["down_proj"], mlp.down_proj.bias)
+    accelerate(whole)
+    with torch.no_grad():
+        ours = mlp(x)
+        # A rounding that falls on the other side moves an answer by a 127th of a weight's share.
+        torch.testing.assert_close(ours, expected, atol=0.02, rtol=0.01)
+        assert (ours - expected).norm() < 2e-3 * expected.norm()
+        assert torch.equal(mlp(x[1:2]), ours[1:2])
+        # Another layer in its place is heard.
+        mlp.down_proj = torch.nn.Linear(size, 50)
+        torch.testing.assert_close(mlp(x), mlp.down_proj(inner), atol=0.02, rtol=0.01)
 
 
 def test_levels_of_nf4_are_left_to_pytorch() -> None:

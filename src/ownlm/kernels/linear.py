@@ -1,6 +1,7 @@
 """Linear layers on the kernels, one at a time: for models whose steps are PyTorch's, encoders and encoder-decoders.
 
     accelerate(model) ─► each QuantizedLinear, and a table that is also the head, has a `product`: y = x W' + b
+                         each MLP of such layers has one too: y = down(act(gate(x)) * up(x)), what stands between never leaving the cores
 
 A decoder's whole step is native (native.py). Here PyTorch does all but the products with weights in int8 or int4, which meet
 activations in int8 with a scale for every 32 of them, by the same code as in decoders. Weights in floats are left to PyTorch.
@@ -12,6 +13,7 @@ Shapes: O outputs, I inputs.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from ownlm import device
 from ownlm.errors import UserError
 from ownlm.kernels import library as lib
-from ownlm.kernels.native import KINDS, LANES
-from ownlm.models.blocks import Block
+from ownlm.kernels.native import ACTIVATIONS, KINDS, LANES
+from ownlm.models.blocks import MLP, Block
 from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
 
 CODES = 2  # a source of `ownlm_linear_new`
@@ -39,7 +41,7 @@ class Product:
         self.padded = -(-self.outputs // LANES) * LANES
         codes, scales = kept.codes.contiguous(), kept.scales.contiguous()
         added = None if bias is None else bias.detach().float().contiguous()
-        self._handle = ctypes.c_void_p(
+        self.handle = ctypes.c_void_p(
             found.ownlm_linear_new(
                 (instruction_set or lib.instruction_set()).encode(),
                 teams()[1],
@@ -52,26 +54,54 @@ class Product:
                 None if added is None else added.data_ptr(),
             )
         )
-        if not self._handle:
+        if not self.handle:
             raise _no_memory()
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._lib.ownlm_linear_delete(self._handle)
+        if getattr(self, "handle", None):
+            self._lib.ownlm_linear_delete(self.handle)
 
     def __deepcopy__(self, memo: Any) -> "Product":
         return self  # it never changes
 
     @property
     def memory_bytes(self) -> int:
-        return int(self._lib.ownlm_linear_bytes(self._handle))
+        return int(self._lib.ownlm_linear_bytes(self.handle))
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self.fill(x, lambda count, source, target: self._lib.ownlm_linear(self.handle, count, source, target))
+
+    def fill(self, x: Tensor, compute: Callable[[int, int, int], int]) -> Tensor:
+        """(…, O) that `compute` makes of the rows of x: it is given their number and both addresses, and fails with 1."""
         rows = x.float().reshape(-1, x.shape[-1]).contiguous()
         y = torch.empty(len(rows), self.padded)
-        if len(rows) and self._lib.ownlm_linear(self._handle, len(rows), rows.data_ptr(), y.data_ptr()):
+        if len(rows) and compute(len(rows), rows.data_ptr(), y.data_ptr()):
             raise _no_memory()
         return y[:, : self.outputs].reshape(*x.shape[:-1], self.outputs).to(x.dtype)
+
+
+class FeedForward:
+    """An MLP's whole product, for `MLP.product`. None where the MLP has other layers by now, adapted ones for instance."""
+
+    def __init__(self, gate: Product | None, up: Product, down: Product, mlp: MLP) -> None:
+        self.gate, self.up, self.down, self.layers = gate, up, down, _layers(mlp)
+        self.spec = (ACTIVATIONS.index(mlp.spec.activation), mlp.spec.limit or 0.0, mlp.spec.up_offset)
+
+    def __deepcopy__(self, memo: Any) -> "FeedForward":
+        return self
+
+    def __call__(self, mlp: MLP, x: Tensor) -> Tensor | None:
+        if any(now is not then for now, then in zip(_layers(mlp), self.layers, strict=True)):
+            return None
+        found, gate = lib.library(), None if self.gate is None else self.gate.handle
+        assert found is not None
+        return self.down.fill(
+            x, lambda *rows: found.ownlm_feed_forward(gate, self.up.handle, self.down.handle, *self.spec, *rows)
+        )
+
+
+def _layers(mlp: MLP) -> tuple[nn.Module | None, ...]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
 def accelerate(model: nn.Module) -> bool:
@@ -79,12 +109,17 @@ def accelerate(model: nn.Module) -> bool:
     if lib.library() is None:
         return False
     all_threads, (theirs, _) = torch.get_num_threads(), teams()
+    products: dict[nn.Module | None, Product] = {}
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.scheme in KINDS:
-            module.product = Product(module.kept, module.bias)
+            products[module] = module.product = Product(module.kept, module.bias)
         elif isinstance(module, Block):
             module.register_forward_pre_hook(lambda *_: torch.set_num_threads(theirs))
             module.register_forward_hook(lambda *_: torch.set_num_threads(all_threads), always_call=True)
+    for module in model.modules():
+        if isinstance(module, MLP) and all(layer is None or layer in products for layer in _layers(module)):
+            gate, up, down = _layers(module)
+            module.product = FeedForward(products.get(gate), products[up], products[down], module)
     # A table is multiplied only where it is also the head, whose bias the model adds.
     table, head = getattr(model, "embed_tokens", None), getattr(model, "lm_head", None)
     if isinstance(table, QuantizedEmbedding) and head is None and hasattr(model, "head_input"):

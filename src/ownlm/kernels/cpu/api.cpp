@@ -110,7 +110,31 @@ struct Alone {
     const Kernels* kernels;
     Team* team;
     Prepared in;
-    std::vector<float> padded;  // rows of x, where they don't end with a group
+    Buffer padded, inner;  // rows of x, where they don't end with a group; of a feed-forward, what stands between its layers
+
+    void shape(int rows) {
+        in.shape(matrix.kind, rows, matrix.k);
+        if (matrix.k % GROUP) padded.shape(rows, matrix.k);
+    }
+
+    void prepare(Member& member, const float* x, int rows) {
+        member.split(rows, [&](int r0, int r1) {
+            for (int r = r0; r < r1; r++) {
+                const float* row = x + size_t(r) * matrix.k;
+                if (matrix.k % GROUP) row = (const float*)std::memcpy(padded.row(r), row, matrix.k * sizeof(float));
+                kernels->prepare(matrix.kind, row, r, 0, matrix.groups(), in.in);
+            }
+        });
+    }
+
+    // An even number of tiles for whoever is free: two of them make a group of what reads their outputs.
+    int piece(const Member& member) const { return std::max(2, std::min(8, matrix.tile_count() / (member.threads() * 8) & ~1)); }
+
+    void multiply(Member& member, int rows, float* y) {
+        member.share(matrix.tile_count(), piece(member), [&](int t0, int t1) {
+            kernels->matmul(matrix, in.in, rows, y, matrix.padded(), false, t0, t1);
+        });
+    }
 };
 
 }  // namespace
@@ -238,23 +262,41 @@ int64_t ownlm_linear_bytes(void* linear) { return int64_t(((Alone*)linear)->matr
 // y = x W' + bias: x (rows, k), y (rows, n rounded up to 16).
 int ownlm_linear(void* linear, int rows, const float* x, float* y) try {
     Alone& alone = *(Alone*)linear;
-    const Matrix& w = alone.matrix;
     std::lock_guard lock(alone.team->busy);
-    Pool& pool = alone.team->pool;
-    const size_t width = size_t(w.groups()) * GROUP;
-    alone.in.shape(w.kind, rows, w.k);
-    if (width != size_t(w.k)) alone.padded.assign(rows * width, 0.0f);
-    pool.run([&](int id) {
-        Member member(pool, id);
-        member.split(rows, [&](int r0, int r1) {
-            for (int r = r0; r < r1; r++) {
-                const float* row = x + size_t(r) * w.k;
-                if (!alone.padded.empty()) row = std::copy(row, row + w.k, alone.padded.data() + r * width) - w.k;
-                alone.kernels->prepare(w.kind, row, r, 0, w.groups(), alone.in.in);
+    alone.shape(rows);
+    alone.team->pool.run([&](int id) {
+        Member member(alone.team->pool, id);
+        alone.prepare(member, x, rows);
+        alone.multiply(member, rows, y);
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// y = down(act(up x)), or down(act(gate x) * up x) where there is a gate; x and y as above.
+int ownlm_feed_forward(void* gate, void* up, void* down, int activation, float limit, float up_offset, int rows, const float* x, float* y) try {
+    Alone &first = *(Alone*)up, &last = *(Alone*)down, *other = (Alone*)gate;
+    const Gate spec{Activation(activation), other != nullptr, limit, up_offset};
+    const Kernels& kernels = *first.kernels;
+    std::lock_guard lock(first.team->busy);
+    first.shape(rows), last.shape(rows);
+    first.inner.shape(rows, first.matrix.n);
+    if (other) other->inner.shape(rows, other->matrix.n);
+    const size_t stride = first.inner.stride;
+    first.team->pool.run([&](int id) {
+        Member member(first.team->pool, id);
+        first.prepare(member, x, rows);
+        member.share(first.matrix.tile_count(), first.piece(member), [&](int t0, int t1) {
+            kernels.matmul(first.matrix, first.in.in, rows, first.inner.row(0), stride, false, t0, t1);
+            if (other) kernels.matmul(other->matrix, first.in.in, rows, other->inner.row(0), stride, false, t0, t1);
+            for (int r = 0; r < rows; r++) {
+                float* u = first.inner.row(r) + t0 * TILE;
+                kernels.activate(spec, other ? other->inner.row(r) + t0 * TILE : u, u, (t1 - t0) * TILE, u);
+                kernels.prepare(last.matrix.kind, first.inner.row(r), r, t0 / 2, (t1 + 1) / 2, last.in.in);
             }
         });
-        const int piece = std::max(1, std::min(8, w.tile_count() / (member.threads() * 8)));
-        member.share(w.tile_count(), piece, [&](int t0, int t1) { alone.kernels->matmul(w, alone.in.in, rows, y, w.padded(), false, t0, t1); });
+        last.multiply(member, rows, y);
     });
     return 0;
 } catch (const std::bad_alloc&) {
