@@ -6,6 +6,7 @@ The library is $XDG_CACHE_HOME/ownlm/sanitized.so. With `overrun` a step is told
 shows that the sanitizers watch.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,9 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from references import CONFIGS, make_loud
 
 from ownlm.kernels import build, choose, library
+from ownlm.kernels.linear import accelerate
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
+from ownlm.models.blocks import MLP
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.models.quantize import quantize_linears
+from ownlm.models.specs import FeedForward
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -64,6 +69,22 @@ def main(instruction_set: str, overrun: bool) -> None:
                 assert hidden_WD is not None
                 assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, kind)
                 choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
+    library.instruction_set = lambda: instruction_set
+    layers()
+
+
+def layers() -> None:
+    """Quantised layers by themselves: inputs and outputs that end within groups and tiles, with and without a gate."""
+    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4"), (False, True)):
+        mlp = MLP(50, FeedForward(size=size, gated=gated, bias=True))
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
+        quantize_linears(model, scheme)
+        assert accelerate(model)
+        with torch.no_grad():
+            for rows in (1, 7, 19):
+                x = torch.randn(rows, 50)
+                assert mlp(x).isfinite().all()
+                assert mlp.up_proj(x).isfinite().all()
 
 
 if __name__ == "__main__":
