@@ -16,8 +16,10 @@ from ownlm import __version__, device
 from ownlm.artifact import Workspace
 from ownlm.errors import Interrupted, UserError
 from ownlm.report import Reporter, duration, quantity, size
+from ownlm.task_commands import answer, classify, embed, summarize, translate
 
 Arguments = argparse.Namespace
+_workspace = Workspace.at_home
 
 
 def demo(args: Arguments, reporter: Reporter) -> None:
@@ -109,13 +111,14 @@ def stage(args: Arguments, reporter: Reporter) -> None:
 
 def generate(args: Arguments, reporter: Reporter) -> None:
     """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
+    workspace = _workspace_ahead(args.ref, reporter)
     from ownlm import recipe
     from ownlm.generate.model import load_writer
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
+    model = load_writer(args.ref, adapter=args.adapter, workspace=workspace)
     question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
     if args.json:
         from dataclasses import asdict
@@ -130,13 +133,14 @@ def generate(args: Arguments, reporter: Reporter) -> None:
 
 def chat(args: Arguments, reporter: Reporter) -> None:
     """Talk to a model in the terminal."""
+    workspace = _workspace_ahead(args.ref, reporter)
     from ownlm import recipe
     from ownlm.generate.chat import chat as talk
     from ownlm.generate.model import load_decoder
     from ownlm.generate.sampling import Sampling
 
     sampling = recipe.read(Sampling, None, args.override)
-    talk(load_decoder(args.ref, adapter=args.adapter, workspace=_workspace(reporter)), sampling=sampling)
+    talk(load_decoder(args.ref, adapter=args.adapter, workspace=workspace), sampling=sampling)
 
 
 def bench(args: Arguments, reporter: Reporter) -> None:
@@ -226,148 +230,12 @@ def serve(args: Arguments, reporter: Reporter) -> None:
     )
 
 
-def classify(args: Arguments, reporter: Reporter) -> None:
-    """Say what each text (or image) is: labels with probabilities, or names with their characters, by the model's head."""
-    from dataclasses import asdict
-
-    from ownlm.generate.model import Model, load
-    from ownlm.generate.vision import ImageClassifier, ImageText
-
-    model = load(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    inputs = _lines(args.text)
-    labels = [label.strip() for label in (args.labels or "").split(",") if label.strip()]
-    if isinstance(model, ImageText):
-        if not labels:
-            raise UserError(
-                "this model needs labels to choose from.", where=args.ref, cure='Add --labels "a cat,a dog".'
-            )
-        found: list[Any] = model.classify_images(inputs, labels)
-    elif labels:
-        raise UserError("--labels is for CLIP; other models bring their own.", where=args.ref, cure="Leave it out.")
-    elif isinstance(model, ImageClassifier):
-        found = model.classify_images(inputs)
-    elif not isinstance(model, Model):
-        raise UserError(
-            "an encoder-decoder has no labels.", where=args.ref, cure="Use `ownlm generate`, translate or summarize."
-        )
-    elif model.headed.model.task == "token":
-        for text, entities in zip(inputs, model.entities(inputs), strict=True):
-            reporter.event("entities", text=text, entities=[asdict(entity) for entity in entities])
-            rows = [[one.text, one.label, f"{one.start}-{one.end}", f"{one.probability:.3f}"] for one in entities]
-            reporter.table(["found", "label", "characters", "probability"], rows)
-        return
-    else:
-        found = model.classify(inputs)
-    for text, values in zip(inputs, found, strict=True):
-        reporter.event("labels", text=text, labels=values)
-        reporter.line(f"{text}\n  " + "  ".join(f"{label} {value:.3f}" for label, value in list(values.items())[:5]))
-
-
-def embed(args: Arguments, reporter: Reporter) -> None:
-    """Turn each text into a vector; print the vectors as JSON lines, or write them to a .npy or .jsonl file."""
-    import json
-
-    import numpy as np
-
-    from ownlm.generate.model import Model, load
-    from ownlm.generate.vision import ImageText
-
-    out = None if args.out is None else Path(args.out)
-    if out is not None and out.suffix not in (".npy", ".jsonl"):
-        raise UserError(
-            f"{out.name} is neither .npy nor .jsonl.", where="--out", cure="Write for example --out vectors.npy."
-        )
-    model = load(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    if not isinstance(model, Model | ImageText):
-        raise UserError(
-            "this model makes no vectors of texts.", where=args.ref, cure="Give an encoder, a decoder or CLIP."
-        )
-    texts = _lines(args.text)
-    vectors = model.embed(texts).numpy()
-    if out is not None and out.suffix == ".npy":
-        np.save(out, vectors)
-    rows = [{"text": text, "vector": vector.tolist()} for text, vector in zip(texts, vectors, strict=True)]
-    if out is not None and out.suffix == ".jsonl":
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if out is not None:
-        reporter.line(f"{len(rows)} vectors of {vectors.shape[1]} numbers are in {out}")
-    for row in rows:
-        reporter.event("embedding", **row)
-        if out is None:
-            reporter.line(json.dumps(row["vector"]))
-
-
-def answer(args: Arguments, reporter: Reporter) -> None:
-    """Answer a question from a text: by a span head where the model has one, else in its own words."""
-    from dataclasses import asdict
-
-    from ownlm.generate.model import load_writer
-
-    context = sys.stdin.read() if args.context == "-" else _file_or_text(args.context)
-    found = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter)).answer(args.question, context)
-    reporter.event("answer", question=args.question, **asdict(found))
-    reporter.line(found.text.strip())
-
-
-def translate(args: Arguments, reporter: Reporter) -> None:
-    """Translate each text with an encoder-decoder, a chat model or a base decoder."""
-    from ownlm.generate.model import load_writer
-
-    texts = _lines(args.text)
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    _written("translation", texts, model.translate(texts, source=args.source, target=args.target), reporter)
-
-
-def summarize(args: Arguments, reporter: Reporter) -> None:
-    """Put each text in short; a file is one text."""
-    from ownlm.generate.model import load_writer
-
-    texts = [sys.stdin.read() if text == "-" else _file_or_text(text) for text in args.text]
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    _written("summary", texts, model.summarize(texts), reporter)
-
-
-def _written(kind: str, texts: Sequence[str], completions: Sequence[Any], reporter: Reporter) -> None:
-    for text, completion in zip(texts, completions, strict=True):
-        reporter.event(kind, source=text, text=completion.text.strip(), finish_reason=completion.finish_reason)
-        reporter.line(completion.text.strip())
-
-
 def _numbers(word: str) -> list[int]:
     """Whole numbers between commas: _numbers("1,4") == [1, 4]."""
     try:
         return [int(part) for part in word.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{word!r} are no whole numbers; write for example 1,4,16") from None
-
-
-def _lines(words: Sequence[str]) -> list[str]:
-    """The texts of the command line; "-" stands for the lines of standard input, @FILE for those of a file."""
-    texts: list[str] = []
-    for word in words:
-        if word == "-" or word.startswith("@"):
-            whole = sys.stdin.read() if word == "-" else _read(Path(word[1:]))
-            texts += [line for line in whole.splitlines() if line.strip()]
-        else:
-            texts.append(word)
-    if not texts:
-        raise UserError("there is no text.", cure='Give a text, "-" or @FILE.')
-    return texts
-
-
-def _file_or_text(word: str) -> str:
-    """The content of the file of that name, if there is one, else the word itself."""
-    try:
-        return _read(Path(word)) if Path(word).is_file() else word
-    except OSError:  # too long for a name
-        return word
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"this can't be read as text: {fault}.", where=str(path)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,6 +263,17 @@ SAMPLING = (
 TEXTS = (
     "text",
     {"metavar": "TEXT", "nargs": "+", "help": 'a text, @FILE for its lines, "-" for those of standard input'},
+)
+ONE_TEXT = 'a text, @FILE for a file that is one, "-" for standard input'
+SET = (
+    "--set",
+    {
+        "dest": "settings",
+        "action": "append",
+        "default": [],
+        "metavar": "key=value",
+        "help": "how to write, as often as needed: max_tokens, beams, length_penalty, temperature, top_p, seed …",
+    },
 )
 STAGE = (("recipe", {"metavar": "RECIPE", "help": "a TOML file, or the name of one that comes with ownlm"}), OVERRIDE)
 
@@ -457,8 +336,9 @@ COMMANDS: dict[str, Command] = {
         arguments=(
             REF,
             ("question", {"metavar": "QUESTION"}),
-            ("--context", {"required": True, "metavar": "TEXT", "help": 'the text to answer from, its file, or "-"'}),
+            ("--context", {"required": True, "metavar": "TEXT", "help": f"what to answer from: {ONE_TEXT}"}),
             ADAPTER,
+            SET,
         ),
     ),
     "translate": Command(
@@ -469,11 +349,12 @@ COMMANDS: dict[str, Command] = {
             ("--from", {"dest": "source", "required": True, "metavar": "LANGUAGE", "help": "e.g. English, or en"}),
             ("--to", {"dest": "target", "required": True, "metavar": "LANGUAGE", "help": "e.g. German, or de"}),
             ADAPTER,
+            SET,
         ),
     ),
     "summarize": Command(
         run=summarize,
-        arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": 'a text, its file, or "-"'}), ADAPTER),
+        arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": ONE_TEXT}), ADAPTER, SET),
     ),
     "chat": Command(run=chat, arguments=(REF, ADAPTER, SAMPLING)),
     "bench": Command(
@@ -618,9 +499,11 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     return dict(action.choices)
 
 
-def _workspace(reporter: Reporter) -> Workspace:
-    # Downloads are told on the error stream: standard output is for what was asked, an answer of a model perhaps.
-    return Workspace(device.home(), reporter if reporter.audience == "programs" else Reporter(out=sys.stderr))
+def _workspace_ahead(ref: str, reporter: Reporter) -> Workspace:
+    """The workspace, which reads the files of `ref` through while torch is imported."""
+    workspace = _workspace(reporter)
+    workspace.check_ahead(ref)
+    return workspace
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_whole_models(kind: str, to: Scheme, tmp_path: Path) -> None:
     numbers = load_model(tmp_path / "codes")
     torch.testing.assert_close(outputs(numbers, kind), outputs(made, kind), atol=1e-3, rtol=1e-3)
     threads = torch.get_num_threads()
-    native = open_checkpoint(tmp_path / "codes", workspace=Workspace(tmp_path), codes=True).module
+    native = open_checkpoint(tmp_path / "codes", workspace=Workspace(tmp_path), for_kernels=True).module
     layers = [module for module in native.modules() if isinstance(module, QuantizedLinear)]
     assert len(layers) > 8
     assert all(each.product is not None for each in layers)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -20,16 +20,19 @@ from ownlm.evaluate.page import Block, Figure, Heading, Table, Text, html
 from ownlm.evaluate.plots import Measure, roofline
 from ownlm.generate.measure import STEPS, Measured, NativeStep, TorchStep, Whole, Work, work
 from ownlm.generate.model import Model, load_decoder
-from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.kernels import library
 from ownlm.kernels.limits import Limits, limits
-from ownlm.kernels.native import PAGE, Kind, NativeDecoder, default_kind, unsupported
+from ownlm.kernels.native import PAGE, NativeDecoder, unsupported
+from ownlm.kernels.sources import Kind, default_kind
+from ownlm.models.decoder import Decoder
 from ownlm.models.quantize import QuantizedLinear
 from ownlm.report import Reporter
 
 Side = Literal["step", "engine"]
 PROMPTS, BATCHES = (64, 512), (1, 2, 4, 8, 16)
 CONTEXT = 64  # tokens that a stream holds when it begins to write
+PAGES = 8  # of the cache for each stream, at least
 PRODUCT: dict[Kind, str] = {
     "f32": "f32",
     "bf16": "bf16",
@@ -98,19 +101,15 @@ def bench(
         raise UserError(f"{threads} is out of range.", where="--threads", cure=f"There are {device.cores()} cores.")
     used = device.threads(threads)
     model = load_decoder(ref, workspace=workspace, device="cpu")
-    decoder = model.writer()
     context = min(CONTEXT, model.context // 2)
     lengths = _lengths(prompts, model.context - 1)
     streams = _counts(batches, "--batches")
-    native = _native(model, kind)
+    runner = _runner(model, kind, max(streams))
+    native = runner.native if isinstance(runner, NativeRunner) else None
+    decoder = model.writer() if native else cast(Decoder, model.decoder)
     kind = native.kind if native else default_kind(decoder)
     shape = {"longest": max(lengths), "streams": max(streams), "context": context}
-    if native is not None:
-        step: Measured = NativeStep(native, **shape)
-        pages = -(-min(model.context, max(lengths) + PAGE) // PAGE)
-        runner: Runner = NativeRunner(native, decoder, pages=max(-(-model.context // PAGE), pages, max(streams) * 8))
-    else:
-        step, runner = TorchStep(decoder, **shape), TorchRunner(decoder, slots=max(streams), context=model.context)
+    step: Measured = NativeStep(native, **shape) if native else TorchStep(decoder, **shape)
     sides: dict[Side, Measured] = {"step": step, "engine": Whole(decoder, model.tokenizer, runner, context=context)}
     asked = [("prompt", length) for length in lengths] + [("streams", count) for count in streams]
     found: dict[tuple[str, int, Side], list[float]] = {}
@@ -138,18 +137,24 @@ def bench(
     )
 
 
-def _native(model: Model, kind: Kind | None) -> NativeDecoder | None:
-    """The packed model, in that precision; None where PyTorch computes. UserError for one that can't be had."""
+def _runner(model: Model, kind: Kind | None, streams: int) -> Runner:
+    """What the model runs on, in that precision. UserError for one that can't be had."""
     decoder = model.writer()
-    kept = next((module.scheme for module in decoder.modules() if isinstance(module, QuantizedLinear)), None)
-    if kind is not None and kept is not None and kind != kept:
-        raise UserError(f"this model is kept in {kept}.", where="--kind", cure="Leave it out, or name the original.")
+    kept = any(isinstance(module, QuantizedLinear) for module in decoder.modules())
+    if kind is None or kind == default_kind(decoder):
+        return model.engine(streams).runner
+    if kept:
+        raise UserError(
+            f"this model is kept in {default_kind(decoder)}.",
+            where="--kind",
+            cure="Leave it out, or name the original.",
+        )
     why = unsupported(decoder)
-    if why is None:
-        return NativeDecoder(decoder, kind)
-    if kind is not None and kind != default_kind(decoder):
+    if why is not None:
         raise UserError(f"the kernels are needed for {kind}, and don't run here: {why}.", where="--kind")
-    return None
+    whole = cast(Decoder, model.decoder)
+    native = NativeDecoder(whole, kind)
+    return NativeRunner(native, whole, pages=max(-(-model.context // PAGE), streams * PAGES))
 
 
 def _lengths(prompts: Sequence[int] | None, most: int) -> list[int]:

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from ownlm.generate.engine import Engine
 from ownlm.generate.runners import Runner
 from ownlm.generate.sampling import Sampling
-from ownlm.kernels.native import PAGE, Batch, Kind, NativeDecoder
+from ownlm.kernels.native import PAGE, Batch, NativeDecoder
+from ownlm.kernels.sources import Kind
 from ownlm.models.blocks import MoE
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Artifact, Workspace
-from ownlm.errors import ArtifactError, ContextTooLong, UserError
+from ownlm.artifact import Workspace
+from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
 from ownlm.generate.checkpoint import open_checkpoint
@@ -42,6 +42,7 @@ from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
 from ownlm.models.quantize import count_weights
+from ownlm.models.unread import Unread
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
 from ownlm.records import Completion, Message
@@ -56,6 +57,7 @@ WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE = 0.25  # of the free memory, at most
+PACKED_SHARE = 0.5  # likewise
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
 
 
@@ -78,13 +80,16 @@ def load(
     workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
     where = machine.torch_device(device)
     found = open_checkpoint(
-        ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32, codes=True
+        ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32, for_kernels=True
     )
     module = found.module
     if type(module) not in OPENERS:
         kind = module.hf["model_type"]
         raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
-    model: Loaded = OPENERS[type(module)](module, found.path, name=found.name, ref=found.ref, digest=found.digest)
+    about = {"unread": found.unread} if found.unread else {}
+    model: Loaded = OPENERS[type(module)](
+        module, found.path, name=found.name, ref=found.ref, digest=found.digest, **about
+    )
     return model
 
 
@@ -122,15 +127,6 @@ def load_decoder(
     return model
 
 
-def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:
-    """The checkpoint that an adapter was trained on. ArtifactError when it is another one by now."""
-    source = adapter.manifest.inputs["checkpoint"]
-    base = workspace.open(source["ref"], "checkpoint")
-    if base.digest != source["digest"]:
-        raise ArtifactError(f"{adapter.ref} was trained on another {base.ref}.", where=str(adapter.path))
-    return base
-
-
 class Model:
     """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time."""
 
@@ -144,9 +140,11 @@ class Model:
         digest: str = "",
         slots: int = SLOTS,
         sight: Sight | None = None,
+        unread: Unread | None = None,
     ) -> None:
-        """`sight` reads the images of a chat."""
-        self.decoder, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
+        """`sight` reads the images of a chat. `unread` has the weights of a decoder that comes without."""
+        self.shapes, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
+        self._unread = unread
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots = slots
@@ -158,20 +156,35 @@ class Model:
         self._events: dict[int, deque[Event]] = {}
 
     @property
+    def decoder(self) -> Decoder | Encoder:
+        """The modules. Where only the kernels had their weights so far, a copy is read now and kept. (`shapes` has the same config,
+        maybe without weights.)"""
+        with self.lock:
+            if self._unread is not None:
+                before = weights_state(self.shapes)
+                self.shapes, self._unread = self._unread.read(), None
+                # The packed copy and the cache are of these very weights.
+                now = weights_state(self.shapes)
+                self._packed, self._engine_state = (
+                    now if state == before else state for state in (self._packed, self._engine_state)
+                )
+            return self.shapes
+
+    @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_tokens
+        return self.shapes.config.max_tokens
 
     @property
     def num_parameters(self) -> int:
-        whole = self.decoder if self.sight is None else self.sight.model
+        whole = self.shapes if self.sight is None else self.sight.model
         return count_weights(whole)
 
     def writer(self) -> Decoder:
-        """The decoder. Raises UserError where this model can only read."""
-        if isinstance(self.decoder, Decoder) and self.decoder.task is None:
-            return self.decoder
-        has = "no head" if self.decoder.task is None else f"a head for {self.decoder.task!r}"
+        """The `shapes` of a decoder. Raises UserError where this model can only read."""
+        if isinstance(self.shapes, Decoder) and self.shapes.task is None:
+            return self.shapes
+        has = "no head" if self.shapes.task is None else f"a head for {self.shapes.task!r}"
         raise UserError(
             f"this model reads texts and writes none: its config names {has}.",
             where=self.name,
@@ -186,15 +199,19 @@ class Model:
 
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
         """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
-        room = int(machine.free_memory_bytes() * CACHE_SHARE)
+        free = machine.free_memory_bytes()
         if self._native is None or self._packed != weights_state(decoder):
             self._native = None  # before another is made
-            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
-                self._native, self._packed = native.NativeDecoder(decoder), weights_state(decoder)
+            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < free * PACKED_SHARE:
+                lend = None if self._unread is None else self._unread.lend
+                self._native, self._packed = native.NativeDecoder(decoder, lend=lend), weights_state(decoder)
+                free = machine.free_memory_bytes()
+        room = int(free * CACHE_SHARE)
         if self._native is not None:
             least = -(-self.context // native.PAGE)
             pages = max(least, min(slots * least, room // self._native.page_bytes()))
             return NativeRunner(self._native, decoder, pages=pages)
+        decoder = cast(Decoder, self.decoder)
         config, itemsize = decoder.config, decoder.dtype.itemsize
         slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
         slots = max(1, min(slots, room // slot_bytes))
@@ -207,7 +224,7 @@ class Model:
     def read(self, prompt: Prompt) -> Reading:
         """The tokens a prompt becomes, and what stands in for their embedding where there are images."""
         if isinstance(prompt, str):
-            if isinstance(self.decoder, Encoder):
+            if isinstance(self.shapes, Encoder):
                 return Reading(self.tokenizer.document(prompt))
             # A document without its end token; a text of nothing stands where a new document begins.
             return Reading(self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id])
@@ -269,7 +286,7 @@ class Model:
     def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
         """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
         with self.lock:
-            state = weights_state(self.decoder)
+            state = weights_state(self.shapes)
             # Also what the cache holds of earlier prompts is of the weights it was made with.
             if self._engine is None or (self._engine.idle and self._engine_state != state):
                 self._engine, self._engine_state = self.engine(min(self.slots, 8)), state
@@ -299,7 +316,7 @@ class Model:
 
         `mask` is True for real tokens. Raises UserError where there is no head for it.
         """
-        if self.decoder.task != "masked_lm":
+        if self.shapes.task != "masked_lm":
             self.writer()
         return self.decoder.logits(self._forward(ids, mask)).float()
 
@@ -320,7 +337,7 @@ class Model:
     @torch.inference_mode()
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """`embed` for texts that are tokens already. Raises ContextTooLong."""
-        rows = torch.empty(len(ids), self.decoder.config.hidden_size)
+        rows = torch.empty(len(ids), self.shapes.config.hidden_size)
         kind, normalize = self.pooling.kind, self.pooling.normalize
         for chosen, hidden_BTD in self._batches(ids):
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
@@ -354,8 +371,10 @@ class Model:
 
     def answer(self, question: str, context: str, **fields: Any) -> Found | Completion:
         """The stretch of `context` that answers, by a span head; without one, what the model writes when asked."""
-        if self.decoder.task is None and isinstance(self.decoder, Decoder):
+        if self.shapes.task is None and isinstance(self.shapes, Decoder):
             return self._asked("answer", [context], fields, question=question)[0]
+        if fields:
+            raise UserError("a span head points and writes nothing.", where=", ".join(fields), cure="Leave it out.")
         return self.headed.answer(question, context)
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
@@ -383,7 +402,7 @@ class Model:
     @torch.inference_mode()
     def scores(self, pairs: Iterable[tuple[Prompt, str]]) -> list[tuple[float, ...]]:
         """`score` of many (prompt, continuation) pairs, in batches of similar length. Raises ContextTooLong."""
-        decoder = self.writer()
+        self.writer()
         split = [self.continuation_ids(prompt, continuation) for prompt, continuation in pairs]
         results: list[tuple[float, ...]] = [()] * len(split)
         # The last token predicts nothing that is asked for.
@@ -391,7 +410,7 @@ class Model:
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 prompt, rest = split[index]
                 first = len(prompt) - 1
-                logprobs_TV = decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
+                logprobs_TV = self.decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
                 ids_T = torch.tensor(rest, device=logprobs_TV.device)
                 results[index] = tuple(logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist())
         return results
@@ -471,7 +490,7 @@ def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
 
 
 def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
-    return Seq2Seq(module, Tokenizer.load(path), **about)
+    return Seq2Seq(module, tokenizer_of(path), **about)
 
 
 def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:

@@ -6,7 +6,7 @@
 The file is the quantised model's own state: opening it is mapping it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ArtifactError
-from ownlm.formats.tensorfile import Entry, map_tensors
+from ownlm.formats.tensorfile import Entry, Mapped
+from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import from_hf
 from ownlm.models.pooling import read_pooling
-from ownlm.models.quantize import GROUP, Codes, Scheme, linears, plain, quantized
+from ownlm.models.quantize import GROUP, Codes, Scheme, empty, linears, plain, quantized
 
 Quantizable: TypeAlias = Decoder | Encoder | EncoderDecoder
 
@@ -62,6 +63,30 @@ def matrices(model: Quantizable) -> list[str]:
     return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
 
 
+def describe(root: Path, hf: Mapping[str, Any], files: Mapping[Path, Mapping[str, Entry]]) -> Quantizable:
+    """The quantised model without its weights. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped
+    tensors."""
+    where = str(root)
+    if hf["quantization_config"] != SETTINGS:
+        raise ArtifactError(
+            "its quantization_config is of another format.", where=where, cure="Update ownlm, or quantise it again."
+        )
+    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    entries = {name: entry for held in files.values() for name, entry in held.items()}
+    config, family = from_hf(hf, where=f"{root / 'config.json'}", stored=frozenset(_told(entries)))
+    with blank():
+        model: Any = family.build(config, hf)
+        if not quantizable(model):
+            raise ArtifactError(f"a model of type {hf.get('model_type')} is never quantised.", where=where)
+        for name in matrices(model):
+            model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
+    _match(model.state_dict(), entries, where)
+    model.requires_grad_(False)
+    if isinstance(model, Decoder | Encoder):
+        model.pooling = read_pooling(root)
+    return model.eval()
+
+
 def load(
     root: Path,
     hf: Mapping[str, Any],
@@ -71,37 +96,26 @@ def load(
     device: torch.device | str,
     codes: bool,
 ) -> Quantizable:
-    """See `load_model`. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped tensors."""
-    where = str(root)
-    if hf["quantization_config"] != SETTINGS:
-        raise ArtifactError(
-            "its quantization_config is of another format.", where=where, cure="Update ownlm, or quantise it again."
-        )
-    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
-    entries = {name: entry for held in files.values() for name, entry in held.items()}
-    config, family = from_hf(hf, where=f"{root / 'config.json'}", stored=frozenset(_told(entries)))
-    with torch.device("meta"):
-        model: Any = family.build(config, hf)
-        if not quantizable(model):
-            raise ArtifactError(f"a model of type {hf.get('model_type')} is never quantised.", where=where)
-        for name in matrices(model):
-            model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
-    _match(model.state_dict(), entries, where)
-    tensors = {name: tensor for path, held in files.items() for name, tensor in map_tensors(path, held).items()}
-    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
-    parameters = dict(model.named_parameters())
-    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
-    model.load_state_dict(placed, assign=True)
-    model.requires_grad_(False)
+    """See `load_model`. The same errors as `describe`."""
+    model = describe(root, hf, files)
+    fill(model, [Mapped(path, held) for path, held in files.items()], dtype)
     if not codes:
         for name in matrices(model):
             model.set_submodule(name, plain(model.get_submodule(name), dtype or torch.float32))
         model.requires_grad_(True)
         if dtype is None:
             model.float()
-    if isinstance(model, Decoder | Encoder):
-        model.pooling = read_pooling(root)
-    return model.to(device).eval()
+    return model.to(device)
+
+
+def fill(model: Quantizable, maps: Sequence[Mapped], dtype: torch.dtype | None) -> None:
+    """Codes and scales as views of the files, everything else in `dtype` (None: that of the first number that is no scale)."""
+    tensors = {name: one.tensor(name) for one in maps for name in one.entries}
+    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
+    parameters = dict(model.named_parameters())
+    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    model.requires_grad_(False)
 
 
 # Some configs don't say which heads there are. Then families ask for a tensor by the name that it has elsewhere.
@@ -120,12 +134,7 @@ def _told(entries: Iterable[str]) -> Iterator[str]:
 def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:
     """The codes of a matrix by what the file holds; int8 where it holds none, which `_match` tells."""
     stored = entries.get(f"{name}.{part}.codes" if part else f"{name}.codes")
-    scheme = "int8" if stored is None else SCHEMES.get(stored.dtype, "int8")
-    *outer, columns = weight.shape
-    groups = -(-columns // GROUP)
-    bytes_ = groups * GROUP // (1 if scheme == "int8" else 2)
-    codes = torch.empty(*outer, bytes_, dtype=torch.int8 if scheme == "int8" else torch.uint8)
-    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
+    return empty("int8" if stored is None else SCHEMES.get(stored.dtype, "int8"), tuple(weight.shape))
 
 
 def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import among
+from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
@@ -276,7 +277,7 @@ def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding
 
 def count_parameters(config: DecoderConfig) -> int:
     """Weights of the whole model; a tied head counts once."""
-    with torch.device("meta"):
+    with blank():
         return sum(parameter.numel() for parameter in Decoder(config).parameters())
 
 

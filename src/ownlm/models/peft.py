@@ -2,6 +2,8 @@
 
     adapter_config.json          rank, alpha, which modules; only plain LoRA is taken
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, I), .lora_B.weight (O, r); whole modules
+    head.json                    of an adapter that brings a head: its task and labels, as config.json tells them. PEFT has no such
+                                 file: its users name the class and the number of labels themselves
 
 Modules carry the names of the family's checkpoint files. Where a file has q, k and v in one tensor (GPT-2's c_attn, Phi-3's
 qkv_proj), one stored pair is three of ours: they share A, and B is split by rows. The other way round, pairs of ours that
@@ -33,11 +35,14 @@ from ownlm.models.adapters import (
     use_adapter,
     wrappers,
 )
+from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, to_hf
+from ownlm.models.families.heads import TOLD
 from ownlm.models.names import LAYOUTS, Stored, stored_tensors
+from ownlm.models.specs import Task
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.json"
 PREFIX = "base_model.model."
 # Layouts that leave the rows of a linear layer whole. PEFT keeps B as (O, r) where the weight is stored transposed.
 LINEAR = ("same", "transposed", "by_head", "pairs")
@@ -65,6 +70,7 @@ IGNORED = {
     "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip  # of no consequence for what a finished adapter computes
 READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+TASK_TYPES: dict[str, Task] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 # The other initialisations (pissa, olora, …) leave an adapter to a base whose weights were changed.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -75,7 +81,7 @@ class Names:
     def __init__(self, model: Any) -> None:
         hf = model.hf or to_hf(model.config)
         self.family = FAMILIES[hf["model_type"]]
-        with torch.device("meta"):
+        with blank():
             bare = self.family.build(model.config, model.hf)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
         table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))
@@ -140,6 +146,9 @@ def save_adapter(model: Any, directory: Path | str, *, name: str = "default", ba
         tensors[PREFIX + key] = stored.pack(whole)
     write_tensors(root / TENSORS, tensors.items())
     write_json(root / CONFIG, _config(model, names, scaling, rslora, list(saved), base))
+    if any(part.startswith("head.") for part in whole):
+        hf = model.hf or to_hf(model.config)
+        write_json(root / HEAD, {key: hf[key] for key in ("architectures", *TOLD) if key in hf})
 
 
 def load_adapter(model: Any, directory: Path | str, *, name: str = "default") -> None:
@@ -234,7 +243,7 @@ def _config(
     every = {module for module in hit if any(ends(module, target) for target in targets)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) and model.task is None else None,
+        "task_type": _task_type(model, saved),
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": _whole(alpha),
@@ -249,6 +258,13 @@ def _config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _task_type(model: Any, saved: Sequence[str]) -> str | None:
+    """PEFT's word for what the model is for. It adds a head to train for those that have labels, so only if there is one."""
+    if isinstance(model, Decoder) and model.task is None:
+        return "CAUSAL_LM"
+    return next((theirs for theirs, ours in TASK_TYPES.items() if saved and ours == model.task), None)
 
 
 def _whole(value: float) -> float:

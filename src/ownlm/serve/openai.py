@@ -143,7 +143,7 @@ async def embeddings(exchange: Exchange, request: Request) -> Response:
     wire = parse(EmbeddingRequest, await read_body(request))
     service = exchange.service
     service.check_model(wire.model)
-    size = service.model.decoder.config.hidden_size
+    size = service.model.shapes.config.hidden_size
     if wire.dimensions not in {None, size}:
         raise BadRequest(f"This model's embeddings have {size} dimensions.", param="dimensions")
     ids = [await service.tokens(text) for text in wire.texts()]

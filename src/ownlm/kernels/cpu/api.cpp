@@ -11,21 +11,6 @@ using namespace ownlm;
 
 namespace {
 
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> found;
-#ifdef OWNLM_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        found.push_back(&avx512_kernels);
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
-    if (avx2) found.push_back(&avx2_kernels);
-#endif
-    found.push_back(&plain_kernels);
-    return found;
-}
-
 // One team for each number of threads, kept for the life of the process; a step has it to itself.
 struct Team {
     explicit Team(int size) : pool(size) {}
@@ -74,6 +59,14 @@ Norm& norm_of(Model& model, int layer, int slot) {
     return *norms[slot];
 }
 
+// Rows as they come to be packed. Codes of ours have their scales in a second array; a block of ggml's begins with its scale.
+enum Source : int32_t { FLOATS = 0, BF16S, CODES, Q8_0_BLOCKS, Q4_0_BLOCKS };
+
+size_t source_bytes(int source, const Packed& packed) {  // of a row
+    const size_t groups = packed.groups(), codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
+    return source == FLOATS ? size_t(packed.k) * 4 : source == BF16S ? size_t(packed.k) * 2 : groups * (source == CODES ? codes : codes + 2);
+}
+
 const Kernels* kernels_named(const char* instruction_set) {
     for (auto* kernels : supported())
         if (!std::strcmp(kernels->name, instruction_set)) return kernels;
@@ -91,15 +84,17 @@ void fill(Team& team, Packed& packed, int first, int count, int source, const vo
     Pool& pool = team.pool;
     // Threads take whole tiles, for two rows of a tile share its bytes.
     const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
-    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
-                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
+    const size_t codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
     pool.run([&](int id) {
         Member(pool, id).split(tiles, [&](int t0, int t1) {
             const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
-            const uint8_t* from = (const uint8_t*)values + r0 * width;
-            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
-            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
-            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
+            const uint8_t* from = (const uint8_t*)values + r0 * source_bytes(source, packed);
+            if (source == FLOATS) return pack_floats(packed, first + r0, r1 - r0, (const float*)from);
+            if (source == BF16S) return pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
+            const bool blocks = source != CODES;
+            const uint8_t* with = blocks ? from : (const uint8_t*)(scales + size_t(r0) * packed.groups());
+            const Order order = packed.kind == INT8 ? SIGNED : blocks ? HALVES : PAIRS;
+            pack_codes(packed, first + r0, r1 - r0, {blocks ? from + 2 : from, with, blocks ? codes + 2 : codes, blocks ? codes + 2 : 2, order});
         });
     });
 }
@@ -107,6 +102,7 @@ void fill(Team& team, Packed& packed, int first, int count, int source, const vo
 // A matrix by itself, for models whose steps are PyTorch's.
 struct Alone {
     Packed matrix;
+    Memory memory;  // what its tiles lie in
     const Kernels* kernels;
     Team* team;
     Prepared in;
@@ -190,15 +186,16 @@ void ownlm_vector(void* handle, int layer, int slot, int64_t count, const float*
 }
 
 int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n, int k, const float* bias) try {
-    Packed& packed = matrix(((Handle*)handle)->model, layer, slot, expert);
-    allocate(packed, Kind(kind), n, k);
+    Model& model = ((Handle*)handle)->model;
+    Packed& packed = matrix(model, layer, slot, expert);
+    allocate(model.arena, packed, Kind(kind), n, k);
     if (bias) put_bias(packed, bias);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
 }
 
-// Fill rows [first, first + count). `source`: 0 floats, 1 bf16, 2 codes with scales.
+// Fill rows [first, first + count) from a `Source`.
 void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
     Handle* h = (Handle*)handle;
     fill(*h->team, matrix(h->model, layer, slot, expert), first, count, source, values, scales);
@@ -247,9 +244,12 @@ void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n
     alone->kernels = kernels_named(instruction_set);
     if (!alone->kernels) return nullptr;
     alone->team = &team(threads);
-    allocate(alone->matrix, Kind(kind), n, k);
-    if (bias) put_bias(alone->matrix, bias);
-    fill(*alone->team, alone->matrix, 0, n, source, values, scales);
+    Packed& matrix = alone->matrix;
+    matrix.kind = Kind(kind), matrix.n = n, matrix.k = k;
+    alone->memory = Memory(matrix.bytes());
+    matrix.tiles = alone->memory.data();
+    if (bias) put_bias(matrix, bias);
+    fill(*alone->team, matrix, 0, n, source, values, scales);
     return alone.release();
 } catch (const std::bad_alloc&) {
     return nullptr;

@@ -343,10 +343,10 @@ void Model::step(Cache& cache, const Rows& rows) {
 }
 
 size_t Model::bytes() const {
-    size_t total = embed.memory.bytes() + head.memory.bytes();
+    size_t total = embed.bytes() + head.bytes();
     for (auto& layer : layers) {
-        total += layer.qkv.memory.bytes() + layer.o.memory.bytes() + layer.router.memory.bytes();
-        for (auto& ff : layer.mlp) total += ff.up.memory.bytes() + ff.down.memory.bytes();
+        total += layer.qkv.bytes() + layer.o.bytes() + layer.router.bytes();
+        for (auto& ff : layer.mlp) total += ff.up.bytes() + ff.down.bytes();
     }
     return total;
 }

@@ -29,9 +29,6 @@ inline vf pow2(vf whole) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), whole.
 inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a.v); }
 inline vf from_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-inline vf from_bf16(const uint16_t* p) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
-}
 inline void to_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 inline vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Rounds to int8 and gives back the sum of the 16.
