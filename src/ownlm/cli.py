@@ -144,6 +144,33 @@ def chat(args: Arguments, reporter: Reporter) -> None:
     talk(model, sampling=sampling)
 
 
+def bench(args: Arguments, reporter: Reporter) -> None:
+    """Measure how fast a decoder generates on this machine's processor, beside what its memory and its cores allow: a table, and in a
+    folder bench.json and bench.html with a roofline."""
+    from dataclasses import asdict
+
+    from ownlm.evaluate import bench as benches
+
+    out = Path(args.out or f"bench-{Path(args.ref).name.removesuffix('.gguf')}")
+    if out.exists() and not out.is_dir():
+        raise UserError("this is a file.", where=str(out), cure="Name a folder: --out DIR.")
+    done = benches.bench(
+        args.ref,
+        kind=args.kind,
+        threads=args.threads,
+        prompts=args.prompts,
+        batches=args.batches or benches.BATCHES,
+        workspace=_workspace(reporter),
+        reporter=reporter,
+    )
+    benches.write(done, out)
+    for text in benches.about(done):
+        reporter.line(text)
+    reporter.table(*benches.table(done))
+    reporter.line(f"{out / 'bench.html'} has the picture, {out / 'bench.json'} the numbers.")
+    reporter.event("bench", out=out, **asdict(done))
+
+
 def convert(args: Arguments, reporter: Reporter) -> None:
     """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
     from ownlm.formats.convert import convert as run
@@ -152,7 +179,7 @@ def convert(args: Arguments, reporter: Reporter) -> None:
 
 
 def quantize(args: Arguments, reporter: Reporter) -> None:
-    """Make a decoder's checkpoint small and fast: its weights as integers, calibrated on its own documents. What that costs is
+    """Make a checkpoint small and fast: its weights as integers, a decoder's calibrated on its own documents. What that costs is
     measured on held-out text."""
     from ownlm import pipeline
 
@@ -226,6 +253,14 @@ def _adapters(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
             "only one adapter can be merged into the model.", where="--adapter", cure="Name them: --adapter NAME=REF."
         )
     return (merged[0] if merged else None), named
+
+
+def _numbers(word: str) -> list[int]:
+    """Whole numbers between commas: _numbers("1,4") == [1, 4]."""
+    try:
+        return [int(part) for part in word.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} are no whole numbers; write for example 1,4,16") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +391,31 @@ COMMANDS: dict[str, Command] = {
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": ONE_TEXT}), ADAPTER, SET),
     ),
     "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, SAMPLING)),
+    "bench": Command(
+        run=bench,
+        arguments=(
+            ("what", {"choices": ("generate",), "help": "what is measured"}),
+            REF,
+            (
+                "--kind",
+                {
+                    "choices": ("f32", "bf16", "int8", "int4"),
+                    "default": None,
+                    "help": "precision of the weights (default: that in which the model runs)",
+                },
+            ),
+            ("--threads", {"default": None, "type": int, "metavar": "N", "help": "threads (default: all cores)"}),
+            (
+                "--prompts",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "lengths of prompts (default 64,512)"},
+            ),
+            (
+                "--batches",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "streams at a time (default 1,2,4,8,16)"},
+            ),
+            ("--out", {"default": None, "metavar": "DIR", "help": "folder of what is written (default bench-NAME)"}),
+        ),
+    ),
     "convert": Command(
         run=convert,
         arguments=(
@@ -378,8 +438,8 @@ COMMANDS: dict[str, Command] = {
                 "--method",
                 {
                     "choices": ("gptq", "rtn"),
-                    "default": "gptq",
-                    "help": "gptq: calibrated on text (default); rtn: rounded to the nearest, no text needed",
+                    "default": None,
+                    "help": "gptq: calibrated on text (decoders; the default there); rtn: rounded to the nearest, no text needed",
                 },
             ),
             (

@@ -7,6 +7,7 @@ shows that the sanitizers watch.
 """
 
 import copy
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,12 +24,15 @@ from ownlm.formats.ggml import Blocks
 from ownlm.formats.ggml_encode import quantize
 from ownlm.kernels import build, choose, library
 from ownlm.kernels.adapters import NativeAdapter
+from ownlm.kernels.linear import accelerate
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
 from ownlm.models.adapters import Learned, Pair, base_of, matching
+from ownlm.models.blocks import MLP
 from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import QuantizedLinear
+from ownlm.models.quantize import QuantizedLinear, quantize_linears
+from ownlm.models.specs import FeedForward
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -102,6 +106,22 @@ def main(instruction_set: str, overrun: bool) -> None:
                 assert hidden_WD is not None
                 assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, native.kind)
                 choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
+    library.instruction_set = lambda: instruction_set
+    layers()
+
+
+def layers() -> None:
+    """Quantised layers by themselves: inputs and outputs that end within groups and tiles, with and without a gate."""
+    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4"), (False, True)):
+        mlp = MLP(50, FeedForward(size=size, gated=gated, bias=True))
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
+        quantize_linears(model, scheme)
+        assert accelerate(model)
+        with torch.no_grad():
+            for rows in (1, 7, 19):
+                x = torch.randn(rows, 50)
+                assert mlp(x).isfinite().all()
+                assert mlp.up_proj(x).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ import torch
 
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
-from ownlm.kernels import native
+from ownlm.formats.settings import read_json
+from ownlm.kernels import library, native
+from ownlm.kernels.linear import accelerate
 from ownlm.models import peft
 from ownlm.models.adapters import merge
+from ownlm.models.coded import is_quantised
 from ownlm.models.tuning import with_head_of
 from ownlm.models.unread import Unread, open_unread
 from ownlm.models.weights import load_model
@@ -45,7 +48,7 @@ def open_checkpoint(
     adapter       another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype         of the weights; None: as they are stored (float32 after a merge)
     for_kernels   leave a decoder's weights in its files, quantised ones in their integers, where the native kernels can take them
-                  from there and nothing is merged
+                  from there and nothing is merged; of other quantised models the layers are on the kernels
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
     path, adapters = Path(ref), [] if adapter is None else [adapter]
@@ -61,8 +64,8 @@ def open_checkpoint(
             adapters.insert(0, artifact.path)
             artifact = base_of(artifact, workspace)
         path = artifact.path
-    unread = None
-    if for_kernels and not adapters and torch.device(device).type == "cpu":
+    unread, native_here = None, for_kernels and not adapters and torch.device(device).type == "cpu"
+    if native_here:
         unread = _unread(path, dtype or torch.float32)
     if unread is not None:
         if unread.note:
@@ -70,7 +73,10 @@ def open_checkpoint(
         return Checkpoint(
             module=unread.model, path=path, name=name, ref=full_ref, digest=digest, merged=False, unread=unread
         )
-    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device)
+    codes = native_here and _has_layers_in_codes(path)
+    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=codes)
+    if codes:
+        accelerate(module)
     for one in adapters:
         folder = adapter_folder(one, workspace)[0]
         module = with_head_of(module, folder)
@@ -107,6 +113,11 @@ def _unread(path: Path, dtype: torch.dtype) -> Unread | None:
     found = open_unread(path, dtype)
     # The library is looked for last: finding it may mean compiling it.
     return found if found is not None and native.unsupported(found.model) is None else None
+
+
+def _has_layers_in_codes(path: Path) -> bool:
+    """True for a quantised directory of another kind than a decoder that writes, where there are kernels for its layers."""
+    return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
 
 
 def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:

@@ -24,6 +24,7 @@ from ownlm.generate.sequence import Sequence as Writing
 from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, Source
+from ownlm.models.quantize import count_weights
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 
@@ -47,7 +48,7 @@ class Seq2Seq:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_weights(self.model)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The tokens of a source text, its end token included. Raises UserError for anything but a text."""
@@ -161,7 +162,7 @@ def batches(prompts: Sequence[Sequence[int]], beams: int) -> Iterator[list[int]]
 
 def read(model: EncoderDecoder, prompts: Sequence[Sequence[int]]) -> Source:
     """The sources, padded on the right. Raises UserError for a token the model doesn't have."""
-    vocab_size, device = model.config.vocab_size, model.head_weight.device
+    vocab_size, device = model.config.vocab_size, model.device
     wrong = next((id for prompt in prompts for id in prompt if not 0 <= id < vocab_size), None)
     if wrong is not None:
         raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="prompt")
@@ -174,15 +175,14 @@ def read(model: EncoderDecoder, prompts: Sequence[Sequence[int]]) -> Source:
 
 
 def _cache(model: EncoderDecoder, rows: int, limit: int) -> KVCache:
-    weight = model.head_weight
-    return KVCache(model.config, slots=rows, max_tokens=limit, dtype=weight.dtype, device=weight.device)
+    return KVCache(model.config, slots=rows, max_tokens=limit, dtype=model.dtype, device=model.device)
 
 
 @torch.inference_mode()
 def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
     """The events of answers that are written side by side, greedily or sampled, each until it ends."""
     source = read(model, [answer.known for answer in answers])
-    limit, device = max(answer.limit for answer in answers), model.head_weight.device
+    limit, device = max(answer.limit for answer in answers), model.device
     cache = _cache(model, len(answers), limit)
     tokens_B1 = torch.full((len(answers), 1), model.config.start_token, device=device)
     for place in range(limit):
@@ -215,7 +215,7 @@ def beam_search(
     stop_ids: frozenset[int],
 ) -> list[Hypothesis]:
     """The best answer found for each source, of at most `limit` tokens (beams.py)."""
-    count, device = sampling.beams, model.head_weight.device
+    count, device = sampling.beams, model.device
     source = read(model, prompts).rows(torch.arange(len(prompts), device=device).repeat_interleave(count))
     cache = _cache(model, len(prompts) * count, limit)
     # Equal beams at the beginning, of which all but one are worth nothing.

@@ -65,6 +65,12 @@ FUNCTIONS = {
     "ownlm_adapter_head": (INT, (POINTER, INT, INT, INT, POINTER, POINTER)),
     "ownlm_adapter_bytes": (LONG, (POINTER,)),
     "ownlm_adapter_delete": (None, (POINTER,)),
+    "ownlm_linear_new": (POINTER, (ctypes.c_char_p, INT, INT, INT, INT, INT, POINTER, POINTER, POINTER)),
+    "ownlm_linear_delete": (None, (POINTER,)),
+    "ownlm_linear_bytes": (LONG, (POINTER,)),
+    "ownlm_linear": (INT, (POINTER, INT, POINTER, POINTER)),
+    "ownlm_feed_forward": (INT, (POINTER, POINTER, POINTER, INT, FLOAT, FLOAT, INT, POINTER, POINTER)),
+    "ownlm_read": (ctypes.c_uint64, (INT, POINTER, LONG)),
     "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
 }
 

@@ -133,10 +133,12 @@ def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.) `blocks`: see unread.py."""
+    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.) `product` is what multiplies in
+    PyTorch's place where nothing is trained, on the CPU (kernels/linear.py). `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    product: Callable[[Tensor], Tensor] | None = None
     blocks: Blocks | None = None
 
     def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
@@ -155,6 +157,8 @@ class QuantizedLinear(nn.Module):
         return self.kept.tensor(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+            return self.product(x)
         y: Tensor = FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -174,10 +178,12 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32. `blocks`: see unread.py."""
+    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32. `product` is of a table that is also
+    a head; see QuantizedLinear. `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    product: Callable[[Tensor], Tensor] | None = None
     blocks: Blocks | None = None
 
     def __init__(self, kept: Codes) -> None:
@@ -196,6 +202,16 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.kept[ids].tensor()
+
+
+def read_out(hidden: Tensor, head: nn.Module, bias: Tensor | None = None) -> Tensor:
+    """(…, D) -> (…, V): hidden states through a head without a bias of its own, a Linear or an Embedding, in codes or not."""
+    if isinstance(head, QuantizedLinear | QuantizedEmbedding):
+        if head.product is not None and not torch.is_grad_enabled() and hidden.device.type == "cpu":
+            return head.product(hidden) if bias is None else head.product(hidden) + bias
+        return F.linear(hidden, head.dequantized(hidden.dtype), bias)
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    return F.linear(hidden, weight, bias)
 
 
 class QuantizedStack(nn.Module):

@@ -88,9 +88,11 @@ def open_unread(path: Path, dtype: torch.dtype) -> Unread | None:
     return _Files(described, dtype).unread()
 
 
-def _codes(root: Path, hf: Mapping[str, object], dtype: torch.dtype) -> Unread:
+def _codes(root: Path, hf: Mapping[str, object], dtype: torch.dtype) -> Unread | None:
     files = weights.read_headers(root)
     model = coded.describe(root, hf, files)
+    if not isinstance(model, Decoder):
+        return None
     maps = [Mapped(path, held) for path, held in files.items()]
 
     def take(part: str) -> Iterator[tuple[str, Value]]:

@@ -20,7 +20,6 @@ from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Mapped, Pending, read_header, write_shards
 from ownlm.models import coded
 from ownlm.models.blank import blank
-from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened
 from ownlm.models.gguf.read import open_gguf
@@ -185,14 +184,14 @@ def save_model(
 
 
 def save_codes(
-    model: Decoder,
+    model: coded.Quantizable,
     directory: Path | str,
     *,
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """`save_model` for a decoder that was quantised: NAME.codes and NAME.scales in place of NAME.weight, all under our names; what
+    """`save_model` for a model that was quantised: NAME.codes and NAME.scales in place of NAME.weight, all under our names; what
     was not quantised in the model's dtype."""
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
