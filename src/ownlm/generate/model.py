@@ -182,6 +182,11 @@ class Model:
                 self._packed = self._engine_state = weights_state(self.shapes)
             return self.shapes
 
+    @decoder.setter
+    def decoder(self, module: Decoder | Encoder) -> None:
+        with self.lock:
+            self.shapes, self._unread = module.eval(), None
+
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
