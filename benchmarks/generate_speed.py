@@ -1,46 +1,44 @@
-"""Tokens per second of generation: ownlm beside llama.cpp and transformers, the same random weights, in turn.
+"""Tokens per second of generation: ownlm beside llama.cpp, transformers and CTranslate2, the same random weights, in turn.
 
     python benchmarks/generate_speed.py [--python PYTHON] [--shapes m125 m1b qwen3 gemma3 mixtral] [--kinds int4 int8 bf16]
-                                        [--rounds 5] [--threads 2]
+                                        [--rounds 5] [--threads 2] [--ctranslate2 PYTHON]
 
 Makes an environment with llama-cpp-python compiled for this processor (about ten minutes), or uses the Python that is named. Its
-files are written by ownlm's own export, every matrix in the same type. Each side is a process of its own that stays for
+files are written by ownlm's own export, every matrix in the same type. CTranslate2 (int8; m125 and m1b) takes part where a Python is
+named that has it, transformers and torch. Each side is a process of its own that stays for
 all rounds; only one works at a time. Measured: a prompt of 512 tokens, and steps of 1, 8 and 16 streams that each hold 64 tokens
 when they begin. "step" is the bare step of the model, on all sides; "engine" is all of ownlm: scheduling, the step, greedy choice,
 stops, events. The limits of the machine are taken in every round: reading memory in huge pages, products of int8.
 """
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from ownlm import gguf
-from ownlm.generate.engine import Engine
+from ownlm import device, gguf
+from ownlm.generate.measure import STEPS, NativeStep, Whole, work
 from ownlm.generate.runners import NativeRunner
-from ownlm.generate.sampling import Sampling
-from ownlm.kernels.native import PAGE, Batch, NativeDecoder
+from ownlm.kernels.limits import memory_speed, product_speed
+from ownlm.kernels.native import PAGE, NativeDecoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.models.gguf.write import Quantization, describe
 from ownlm.models.weights import load_model, save_model
 
 PACKAGE = "llama-cpp-python==0.3.36"
-PROMPT, CONTEXT, STEPS = 512, 64, 16
+PROMPT, CONTEXT = 512, 64
 STREAMS = (1, 8, 16)
 TYPES = {"int4": ("Q4_0", 2), "int8": ("Q8_0", 7), "bf16": ("BF16", 32)}
 LLAMA: dict[str, Any] = {
@@ -70,39 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# ---- the sides: each answers requests with seconds
-
-
-class Step:
-    """ownlm's step alone."""
-
-    def __init__(self, model: Decoder, kind: Any) -> None:
-        self.native, self.vocabulary = NativeDecoder(model, kind), model.config.vocab_size
-        self.each, count = PROMPT // PAGE, max(STREAMS)
-        self.pages_SP = np.arange(count * self.each, dtype=np.int32).reshape(count, self.each)
-        self.cache, self.random = self.native.cache(count * self.each), np.random.default_rng(0)
-        self.filled = 0
-
-    def run(self, sequence_R: Any, position_R: Any, wanted_R: Any) -> float:
-        rows = [np.ascontiguousarray(each, np.int32) for each in (sequence_R, position_R, wanted_R)]
-        token_R = self.random.integers(self.vocabulary, size=len(rows[0])).astype(np.int32)
-        batch = Batch(
-            token_R=token_R, sequence_R=rows[0], position_R=rows[1], wanted_R=rows[2], long_R=np.zeros_like(token_R),
-            pages_SP=self.pages_SP,
-        )  # fmt: skip
-        began = time.perf_counter()
-        self.native.step(self.cache, batch)
-        return time.perf_counter() - began
-
-    def prompt(self) -> float:
-        return self.run(np.zeros(PROMPT), np.arange(PROMPT), np.arange(PROMPT) == PROMPT - 1)
-
-    def streams(self, count: int) -> float:
-        while self.filled < count:  # once: what comes after is written over
-            self.run(np.full(CONTEXT, self.filled), np.arange(CONTEXT), np.zeros(CONTEXT))
-            self.filled += 1
-        each = [self.run(np.arange(count), np.full(count, CONTEXT + at), np.ones(count)) for at in range(STEPS)]
-        return statistics.median(each)
+# ---- the sides: each answers with tokens a second
 
 
 class Words:
@@ -120,43 +86,6 @@ class Words:
         return ""
 
 
-class Whole:
-    """The engine over the same step."""
-
-    def __init__(self, model: Decoder, step: Step) -> None:
-        self.model, self.step, self.random = model, step, np.random.default_rng(1)
-
-    def engine(self, slots: int) -> Engine:
-        runner = NativeRunner(self.step.native, self.model, pages=2048 // PAGE)
-        words: Any = Words()
-        return Engine(
-            self.model, words, slots=slots, runner=runner, speculate=False
-        )  # random weights repeat themselves
-
-    def ask(self, engine: Engine, length: int, tokens: int) -> None:
-        prompt = self.random.integers(self.step.vocabulary, size=length).tolist()
-        engine.add(prompt, Sampling(max_tokens=tokens, temperature=0))
-
-    def prompt(self) -> float:
-        engine = self.engine(1)
-        self.ask(engine, PROMPT, 1)
-        began = time.perf_counter()
-        while not engine.idle:
-            engine.step()
-        return time.perf_counter() - began
-
-    def streams(self, count: int) -> float:
-        engine, seconds = self.engine(count), []
-        for _ in range(count):
-            self.ask(engine, CONTEXT, 256)
-        while len(seconds) <= STEPS:
-            began = time.perf_counter()
-            events = engine.step()
-            if len(events) == count:  # all write
-                seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds[1:])
-
-
 class Transformers:
     """transformers' forward with its cache, bf16."""
 
@@ -170,10 +99,10 @@ class Transformers:
         ids = torch.randint(self.vocabulary, (rows, tokens))
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).past_key_values
 
-    def prompt(self) -> float:
+    def prompt(self, length: int) -> float:
         began = time.perf_counter()
-        self.forward(1, PROMPT)
-        return time.perf_counter() - began
+        self.forward(1, length)
+        return length / (time.perf_counter() - began)
 
     def streams(self, count: int) -> float:
         cache, seconds = self.forward(count, CONTEXT), []
@@ -181,7 +110,7 @@ class Transformers:
             began = time.perf_counter()
             cache = self.forward(count, 1, cache)
             seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+        return count / statistics.median(seconds)
 
 
 def serve(folder: Path, kind: str, threads: int) -> None:
@@ -194,25 +123,21 @@ def serve(folder: Path, kind: str, threads: int) -> None:
     else:
         model = load_model(folder)
         assert isinstance(model, Decoder)
-        sides["step"] = Step(model, kind)
-        sides["engine"] = Whole(model, sides["step"])
-        read = sides["step"].native.memory_bytes - looked_up(model, kind)
+        native, words = NativeDecoder(model, kind), cast(Any, Words())
+        sides["step"] = NativeStep(native, longest=PROMPT, streams=max(STREAMS), context=CONTEXT)
+        runner = NativeRunner(native, model, pages=2048 // PAGE)
+        sides["engine"] = Whole(model, words, runner, context=CONTEXT)
         # Of experts a step reads only some.
-        told = {"bytes": 0 if any(layer.mlp.experts for layer in model.config.layers) else read}
+        experts = any(layer.mlp.experts for layer in model.config.layers)
+        told = {"bytes": 0 if experts else work(model, kind).bytes(1, 1, 0)}
     print(json.dumps(told), flush=True)
     with torch.inference_mode():
         for line in sys.stdin:
             request = json.loads(line)
             side = sides[request["side"]]
-            seconds = side.prompt() if "prompt" in request else side.streams(request["streams"])
-            print(json.dumps({"seconds": seconds}), flush=True)
-
-
-def looked_up(model: Decoder, kind: str) -> int:
-    """Bytes of a table of embeddings of which a step reads a row: in int8 beside int4 matrices."""
-    if model.config.tie_embeddings:
-        return 0
-    return int(model.embed_tokens.weight.numel() * (2 if kind == "bf16" else 1 + 2 / 32))
+            tokens = request.get("prompt") or request["streams"]
+            speed = side.prompt(tokens) if "prompt" in request else side.streams(tokens)
+            print(json.dumps({"seconds": tokens / speed}), flush=True)
 
 
 class Child:
@@ -243,63 +168,6 @@ class Child:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-# ---- the limits of the machine
-
-
-READ = """
-#include <stdint.h>
-uint64_t read_all(const uint64_t* p, int64_t count) {
-    uint64_t sum[32] = {0}, all = 0;
-    for (int64_t i = 0; i < count; i += 32)
-        for (int j = 0; j < 32; j++) sum[j] += p[i + j];
-    for (int j = 0; j < 32; j++) all += sum[j];
-    return all;
-}
-"""
-
-
-def reader(folder: Path) -> Any:
-    (folder / "read.c").write_text(READ)
-    command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(folder / "read.so"), str(folder / "read.c")]
-    subprocess.run(command, check=True)
-    read = ctypes.CDLL(str(folder / "read.so")).read_all
-    read.restype, read.argtypes = ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_int64)
-    return read
-
-
-def memory_speed(read: Any, threads: int) -> float:
-    """GB/s of reading, the best of five: 512 MiB in huge pages, cut among the threads."""
-    size = 512 << 20
-    room = mmap.mmap(-1, size)
-    room.madvise(mmap.MADV_HUGEPAGE)
-    values = np.frombuffer(room, np.int64)
-    values[:] = 1
-    count, best = len(values) // threads // 32 * 32, 0.0
-    for _ in range(5):
-        workers = [
-            threading.Thread(target=read, args=(values.ctypes.data + 8 * count * at, count)) for at in range(threads)
-        ]
-        began = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, 8 * count * threads / (time.perf_counter() - began) / 1e9)
-    return best
-
-
-def product_speed(threads: int) -> float:
-    """Billions of int8 operations a second, the best of five."""
-    torch.set_num_threads(threads)
-    a, b = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((512, 2048), (2048, 5632)))
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        torch._int_mm(a, b)
-        best = max(best, 2 * 512 * 2048 * 5632 / (time.perf_counter() - began) / 1e9)
-    return best
 
 
 # ---- the comparison
@@ -359,13 +227,18 @@ def compare(shape: str, args: argparse.Namespace, python: str) -> None:
                 )
             if not args.without_transformers:
                 children["transformers bf16"] = Child([*own, "transformers"], args.threads)
-            table(shape, children, args, reader(folder))
+            if args.ctranslate2 and SHAPES[shape]["model_type"] == "llama":
+                side = Path(__file__).with_name("ctranslate2_speed.py")
+                children["CTranslate2 int8"] = Child(
+                    [args.ctranslate2, str(side), str(folder / "hf"), str(args.threads)], args.threads
+                )
+            table(shape, children, args)
         finally:
             for child in children.values():
                 child.close()
 
 
-def table(shape: str, children: dict[str, Child], args: argparse.Namespace, read: Any) -> None:
+def table(shape: str, children: dict[str, Child], args: argparse.Namespace) -> None:
     asked: list[tuple[str, Callable[[Child, str], float]]] = [
         (f"prompt {PROMPT}", lambda child, side: PROMPT / child.seconds(side=side, prompt=PROMPT)),
         *(
@@ -379,8 +252,8 @@ def table(shape: str, children: dict[str, Child], args: argparse.Namespace, read
     for name, side in rows:  # nobody's first time counts
         children[name].seconds(side=side, prompt=PROMPT)
     for _ in range(args.rounds):
-        limits["memory"].append(memory_speed(read, args.threads))
-        limits["products"].append(product_speed(args.threads))
+        limits["memory"].append(memory_speed(args.threads) / 1e9)
+        limits["products"].append(product_speed(torch.int8) / 1e9)
         for what, ask in asked:
             for name, side in rows:
                 found.setdefault((name, side, what), []).append(ask(children[name], side))
@@ -423,6 +296,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=list(TYPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ctranslate2", metavar="PYTHON", help="one that has ctranslate2, transformers and torch")
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -430,6 +304,7 @@ def main() -> None:
         serve(args.serve, args.kinds[0], args.threads)
         return
     python = args.python or environment(args.environment)
+    device.threads(args.threads)
     for shape in args.shapes:
         compare(shape, args, python)
 

@@ -24,9 +24,10 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "models"), str(TESTS / "release")]
 
 from encoder_references import save_encoder  # noqa: E402
-from gguf_cases import CASES  # noqa: E402
+from gguf_cases import CASES, DISTANCE, T5S  # noqa: E402
 from llama_reference import Greedy, LlamaCpp, decided, difference  # noqa: E402
 from references import CONFIGS, save  # noqa: E402
+from seq2seq import save as save_seq2seq  # noqa: E402
 from test_grok import CONFIG as GROK  # noqa: E402
 
 from ownlm import gguf  # noqa: E402
@@ -91,6 +92,34 @@ def families(llama_cpp: LlamaCpp, tokens: int, only: list[str]) -> None:
                         logits = model.logits(model(torch.tensor([prompt])))[0]
                     row += [done.architecture, f"{difference(logits, torch.tensor(theirs['logits'])):.1e}"]
                 row.append(f"{equal(ours, theirs['tokens'])} of {most}")
+            print("| " + " | ".join([*row, f"{ours.margin:.2f}"]) + " |", flush=True)
+
+
+def encoder_decoders(llama_cpp: LlamaCpp, tokens: int, only: list[str]) -> None:
+    """A source of 150 tokens: the encoder's states, and what the decoder writes from its start token on."""
+    for name in T5S:
+        if only and name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "hf"
+            save_seq2seq(name, folder, **DISTANCE)
+            model = load_model(folder)
+            source, ours = decided(model, length=150, count=tokens, vocabulary=97)
+            given = [model.config.start_token, *ours.tokens[:-1]]
+            row = [name]
+            for quantization in ("F32", "F16"):
+                path = Path(scratch) / f"{quantization}.gguf"
+                done = export(folder, out=path, quantization=quantization)
+                theirs = llama_cpp.ask(model=str(path), source=source, prompt=given[:1], tokens=tokens)
+                if quantization == "F32":
+                    with torch.inference_mode():
+                        memory = model.encode(torch.tensor([source]))
+                        logits = model.logits(model.decode(torch.tensor([given]), model.source(memory)))[0]
+                    at_once = llama_cpp.ask(model=str(path), source=source, prompt=given, tokens=1)
+                    states = difference(memory[0], torch.tensor(theirs["hidden"]))
+                    written = difference(logits, torch.tensor(at_once["logits"]))
+                    row += [done.architecture, f"{written:.1e} (the encoder's states {states:.1e})"]
+                row.append(f"{equal(ours, theirs['tokens'])} of {tokens}")
             print("| " + " | ".join([*row, f"{ours.margin:.2f}"]) + " |", flush=True)
 
 
@@ -177,8 +206,10 @@ def main() -> None:
     llama_cpp = LlamaCpp(args.python or environment(args.environment))
     try:
         families(llama_cpp, args.tokens, args.only)
-        encoder(llama_cpp)
-        blocks(llama_cpp)
+        encoder_decoders(llama_cpp, args.tokens, args.only)
+        if not args.only:
+            encoder(llama_cpp)
+            blocks(llama_cpp)
     finally:
         llama_cpp.close()
 

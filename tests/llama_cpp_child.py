@@ -1,8 +1,9 @@
 """Runs inside an environment that has llama-cpp-python, and imports nothing of ours: tokens in, tokens and logits out.
 
     {"model": path, "prompt": [ids], "tokens": 100}  ─►  {"tokens": [ids], "logits": [[…] of each place of the prompt]}
+    … and "source": [ids], of an encoder-decoder     ─►  and {"hidden": [[…] of each token of the source]}
     {"model": path, "hidden": [ids]}                 ─►  {"hidden": [[…] of each token]}, of an encoder
-    {"model": path, "texts": ["…"]}                  ─►  {"ids": [[…]]}
+    {"model": path, "texts": ["…"]}                  ─►  {"ids": [[…]]}; "framed": with what stands around a text
     {"quantize": [type, row], "numbers": path, "out": path}  ─►  {"seconds": …}, by ggml's own quantiser, on one core
 
 One request a line on standard input, one answer a line on standard output; llama.cpp's own log goes nowhere.
@@ -37,10 +38,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     vocabulary = llama_cpp.llama_model_get_vocab(model)
     try:
         if "texts" in request:
-            return {"ids": [tokenize(vocabulary, text) for text in request["texts"]]}
+            return {"ids": [tokenize(vocabulary, text, request.get("framed", False)) for text in request["texts"]]}
         if "hidden" in request:
             return {"hidden": hidden(model, request["hidden"])}
-        return complete(model, vocabulary, request["prompt"], request["tokens"])
+        return complete(model, vocabulary, request["prompt"], request["tokens"], request.get("source", []))
     finally:
         llama_cpp.llama_model_free(model)
 
@@ -69,10 +70,10 @@ def ggml_quantize(type: int, row: int, numbers: str, out: str) -> float:
     return seconds
 
 
-def tokenize(vocabulary: Any, text: str) -> list[int]:
+def tokenize(vocabulary: Any, text: str, framed: bool) -> list[int]:
     raw = text.encode()
     ids = (ctypes.c_int32 * (len(raw) + 8))()
-    count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), ids, len(ids), False, False)
+    count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), ids, len(ids), framed, False)
     assert count >= 0, count
     return list(ids[:count])
 
@@ -88,12 +89,16 @@ def hidden(model: Any, ids: list[int]) -> list[list[float]]:
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
     fill(batch, ids, 0)
     assert llama_cpp.llama_encode(context, batch) == 0
-    size = llama_cpp.llama_model_n_embd(model)
-    rows = [llama_cpp.llama_get_embeddings_ith(context, at) for at in range(len(ids))]
-    found = [np.ctypeslib.as_array(row, (size,)).tolist() for row in rows]
+    found = embeddings(model, context, len(ids))
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
     return found
+
+
+def embeddings(model: Any, context: Any, count: int) -> list[list[float]]:
+    size = llama_cpp.llama_model_n_embd(model)
+    rows = [llama_cpp.llama_get_embeddings_ith(context, at) for at in range(count)]
+    return [np.ctypeslib.as_array(row, (size,)).tolist() for row in rows]
 
 
 def fill(batch: Any, ids: list[int], first: int) -> None:
@@ -103,10 +108,11 @@ def fill(batch: Any, ids: list[int], first: int) -> None:
         batch.seq_id[at][0], batch.logits[at] = 0, 1
 
 
-def complete(model: Any, vocabulary: Any, prompt: list[int], tokens: int) -> dict[str, Any]:
-    """Greedy: the prompt in one batch, then token by token; keys and values in F32, as ours are."""
+def complete(model: Any, vocabulary: Any, prompt: list[int], tokens: int, source: list[int]) -> dict[str, Any]:
+    """Greedy: the source through the encoder where there is one, the prompt in one batch, then token by token; keys and values in
+    F32, as ours are."""
     settings = llama_cpp.llama_context_default_params()
-    length = len(prompt) + tokens
+    length = max(len(prompt) + tokens, len(source))
     settings.n_ctx = settings.n_batch = settings.n_ubatch = -(-length // 256) * 256
     settings.n_threads = settings.n_threads_batch = 1
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
@@ -122,6 +128,11 @@ def complete(model: Any, vocabulary: Any, prompt: list[int], tokens: int) -> dic
         rows = [llama_cpp.llama_get_logits_ith(context, at) for at in range(len(ids))]
         return np.stack([np.ctypeslib.as_array(row, (size,)).copy() for row in rows])
 
+    encoded = {}
+    if source:
+        fill(batch, source, 0)
+        assert llama_cpp.llama_encode(context, batch) == 0
+        encoded = {"hidden": embeddings(model, context, len(source))}
     logits = run(prompt, 0)
     found, last = [], logits[-1]
     for _ in range(tokens):
@@ -129,7 +140,7 @@ def complete(model: Any, vocabulary: Any, prompt: list[int], tokens: int) -> dic
         last = run(found[-1:], len(prompt) + len(found) - 1)[-1]
     llama_cpp.llama_batch_free(batch)
     llama_cpp.llama_free(context)
-    return {"tokens": found, "logits": logits.tolist()}
+    return {"tokens": found, "logits": logits.tolist(), **encoded}
 
 
 if __name__ == "__main__":

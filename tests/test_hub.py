@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import shlex
 import shutil
 import threading
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +14,7 @@ import pytest
 import torch
 
 import ownlm
-from hub import Hub, serving
+from hub import Hub
 from ownlm import cli, device, hub, lineage, storage, transfer
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, Interrupted, NotFound, StorageFull, UserError
@@ -50,22 +48,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         "consolidated.safetensors",
     )
     return files | dict.fromkeys(others, b"not for us")
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that this process takes for the only one, and no waiting between tries."""
-    from huggingface_hub import close_session
-
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("HF_", "HUGGING")):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr(transfer, "WAIT_S", 0.001)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
-    with serving() as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.address)
-        yield served
-        close_session()
 
 
 @pytest.fixture

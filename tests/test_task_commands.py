@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ownlm.cli import main
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
 from ownlm.models.tuning import with_head
@@ -116,7 +117,7 @@ def test_embed_prints_and_writes_the_same_vectors(models: dict[str, str], run: R
 def test_answer_by_a_span_is_a_part_of_the_text(models: dict[str, str], run: Run, tmp_path: Path) -> None:
     text = "The mill was built by Anna in 1823."
     (tmp_path / "history.txt").write_text(text, encoding="utf-8")
-    (found,) = rows(run("answer", models["span"], "Who built it?", "--context", "history.txt", "--json")[1])
+    (found,) = rows(run("answer", models["span"], "Who built it?", "--context", "@history.txt", "--json")[1])
     assert text[found["start"] : found["end"]] == found["text"]
     printed = run("answer", models["span"], "Who built it?", "--context", "-", stdin=text)[1]
     assert printed.strip() == found["text"].strip()
@@ -136,6 +137,23 @@ def test_models_that_write_translate_summarize_and_answer(name: str, models: dic
     assert (code, out.strip()) == (0, model.answer("Who?", "Anna did.").text.strip())
 
 
+def test_how_a_model_writes_can_be_set(models: dict[str, str], run: Run, tmp_path: Path) -> None:
+    """Beams and sampling by the names that Python has for them; a task's own settings stay where nothing is said."""
+    model: Any = load(models["t5"])
+    (tmp_path / "article.txt").write_text("A long text. Of two sentences.", encoding="utf-8")
+    words = ("summarize", models["t5"], "@article.txt", "--set", "beams=3", "--set", "length_penalty=0.5")
+    expected = model.summarize(["A long text. Of two sentences."], beams=3, length_penalty=0.5)[0]
+    assert run(*words, "--set", "max_tokens=7")[1].strip() != expected.text.strip()
+    assert run(*words)[1].strip() == expected.text.strip()
+    words = ("translate", models["decoder"], "Good day.", "Bye.", "--from", "en", "--to", "de")
+    found = rows(run(*words, "--set", "temperature=1.5", "--set", "seed=3", "--set", "max_tokens=9", "--json")[1])
+    decoder: Any = load(models["decoder"])
+    sampled = decoder.translate(["Good day.", "Bye."], source="en", target="de", temperature=1.5, seed=3, max_tokens=9)
+    assert [one["text"] for one in found] == [one.text.strip() for one in sampled]
+    context = run("answer", models["t5"], "Who?", "--context", "Anna did.", "--set", "beams=2")[1]
+    assert context.strip() == model.answer("Who?", "Anna did.", beams=2).text.strip()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -148,12 +166,29 @@ def test_models_that_write_translate_summarize_and_answer(name: str, models: dic
         (("embed", "bert", "x", "--out", "v.csv"), "neither .npy nor .jsonl"),
         (("embed", "bert", "@none.txt"), "none.txt"),
         (("embed", "bert", "@empty.txt"), "there is no text"),
-        (("answer", "names", "Who?", "--context", "x"), "a head for span is needed"),
+        (("answer", "names", "Who?", "--context", "x y"), "a head for span is needed"),
+        (
+            ("answer", "span", "Who?", "--context", "none.txt"),
+            "'none.txt' is one word, and is it the text? Write @none.txt for the file",
+        ),
+        (
+            ("answer", "span", "Who?", "--context", "empty.txt"),
+            "'empty.txt' is a file, and is it the text? Write @empty.txt",
+        ),
+        (("answer", "span", "Who?", "--context", "@none.txt"), "none.txt: this can't be read as text"),
+        (
+            ("answer", "span", "Who?", "--context", "x y", "--set", "beams=2"),
+            "beams: a span head points and writes nothing",
+        ),
+        (("summarize", "t5", "none.txt"), "Write @none.txt for the file of that name"),
+        (("summarize", "t5", "x y", "--set", "beam=2"), "beam is not a field. Did you mean beams"),
+        (("summarize", "decoder", "x y", "--set", "beams=2"), "beams"),
+        (("translate", "t5", "x", "--from", "en", "--to", "de", "--set", "beams"), "beams"),
         (("answer", "span", "Who?", "--context", " "), "is empty"),
         (("translate", "names", "x", "--from", "en", "--to", "de"), "reads texts and writes none"),
         (("translate", "t5", " ", "--from", "en", "--to", "de"), "text 1 is empty"),
         (("translate", "t5", "x", "--from", "en", "--to", " "), "a language has no name"),
-        (("summarize", "topics", "x"), "reads texts and writes none"),
+        (("summarize", "topics", "x y"), "reads texts and writes none"),
     ],
 )
 def test_what_does_not_fit_is_one_error(

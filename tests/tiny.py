@@ -1,5 +1,8 @@
 """A random model of a few thousand parameters with a byte-level tokenizer, for tests of what needs any model at all."""
 
+import copy
+from pathlib import Path
+
 import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -8,7 +11,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from ownlm.generate.model import Model
+from ownlm.models.adapters import LoRA, add_lora, merge, wrappers
 from ownlm.models.decoder import Decoder, uniform
+from ownlm.models.peft import load_adapter, save_adapter
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.template import CHATML
@@ -47,3 +52,25 @@ def tiny_model(*, context: int = 128, seed: int = 0, gain: float = 1.0, slots: i
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5 * 1.5)
         decoder.head_weight.mul_(gain)
     return Model(decoder, tokenizer, name="tiny", ref="tiny@1", digest="0" * 64, slots=slots)
+
+
+def tiny_adapter(model: Model, folder: Path, *, seed: int, rank: int = 4, train_also: tuple[str, ...] = ()) -> Path:
+    """A loud adapter of every layer in PEFT's files; what is trained whole is changed a little."""
+    decoder = copy.deepcopy(model.writer())
+    add_lora(decoder, LoRA(rank=rank, alpha=2 * rank, targets="all-linear", train_also=train_also), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, module in wrappers(decoder):
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    save_adapter(decoder, folder)
+    return folder
+
+
+def tiny_merged(model: Model, folder: Path) -> Model:
+    """The model with the adapter in its weights."""
+    decoder = copy.deepcopy(model.writer())
+    load_adapter(decoder, folder)
+    merge(decoder)
+    return Model(decoder, model.tokenizer, name=f"{model.name}-merged", slots=model.slots)

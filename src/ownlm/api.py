@@ -47,16 +47,16 @@ def quantize(
     ref: str | Path,
     *,
     to: Precision,
-    method: Method = "gptq",
+    method: Method | None = None,
     documents: str | Path | None = None,
     name: str | None = None,
     workspace: Workspace | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
-    """A decoder's checkpoint in integers of 8 or 4 bits, NAME-int8 or NAME-int4; what it costs is in `facts["held_out"]`.
+    """A checkpoint in integers of 8 or 4 bits, NAME-int8 or NAME-int4; what it costs is in `facts["held_out"]`.
 
     ref        a checkpoint or an adapter, which comes with its base
-    method     "gptq" calibrates on text, "rtn" rounds every weight to the nearest value
+    method     "gptq" calibrates on text (decoders; the default there), "rtn" rounds every weight to the nearest value
     documents  a documents artifact or a file of text to calibrate on; None: what the checkpoint was made from
     """
     reporter = reporter or Reporter()

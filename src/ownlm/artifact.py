@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,15 +23,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from ownlm import __version__, device, hub
+from ownlm import __version__, device, foreign, hub
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.recipe import resolve
 from ownlm.report import Reporter, size
 from ownlm.storage import alone, flush, require_space, sha256, storage, write_atomic
 from ownlm.transfer import Away
+from ownlm.verify import Check
 
 FORMAT = 1
 KINDS = ("documents", "tokenizer", "tokens", "checkpoint", "adapter", "scores", "release", "feedback", "index")
@@ -151,8 +153,15 @@ class Workspace:
         self.root = root
         self.reporter = reporter or Reporter.silent()
         self.verified: set[tuple[str, str]] = set()  # (path, digest) read through and found whole by this process
+        self._checks: dict[tuple[str, str], Check] = {}  # those that are being read
         self.commits: dict[hub.Source, str] = {}  # what branches and tags meant when this process asked first
         self.folders: dict[tuple[Any, ...], Artifact] = {}  # (path, sizes and times) of what is no artifact
+
+    @classmethod
+    def at_home(cls, reporter: Reporter) -> "Workspace":
+        """The one of whoever uses this machine. Downloads are told to programs, and to people on the error stream: standard output is for
+        what was asked, an answer of a model perhaps."""
+        return cls(device.home(), reporter if reporter.audience == "programs" else Reporter(out=sys.stderr))
 
     @property
     def artifacts(self) -> Path:
@@ -177,9 +186,25 @@ class Workspace:
             )
         key = (str(artifact.path), artifact.digest)
         if key not in self.verified:
-            verify(artifact)
+            try:
+                self._check(artifact).wait()
+            finally:
+                del self._checks[key]
             self.verified.add(key)
         return artifact
+
+    def check_ahead(self, ref: str | Path) -> None:
+        """Begin to verify what will be opened soon, while something else is done. What is wrong with it, `open` says."""
+        with suppress(UserError):
+            path = self._locate(str(ref))
+            if (path / "manifest.json").is_file():  # of our own
+                self._check(self._read(path))
+
+    def _check(self, artifact: Artifact) -> Check:
+        key = (str(artifact.path), artifact.digest)
+        if key not in self._checks:
+            self._checks[key] = Check(artifact.path, artifact.folder, artifact.manifest.files)
+        return self._checks[key]
 
     def downloaded(self, source: hub.Source, kinds: tuple[str, ...] = KINDS) -> list[Artifact]:
         """What is here of a hub's repository at this commit, or that was asked for by this branch or tag; newest first."""
@@ -292,14 +317,14 @@ class Workspace:
                         (draft.path / file.name).parent.mkdir(exist_ok=True)
                         (scratch / file.name).rename(draft.path / file.name)
                     draft.facts |= {"source": plan.ref, "licence": plan.licence}
-                    if code := own_code(draft.path):
+                    if code := foreign.own_code(draft.path):
                         draft.facts["code_not_run"] = code
                         self.reporter.line(f"{asked}: names code of its own, which ownlm never runs: {', '.join(code)}")
                 shutil.rmtree(scratch, ignore_errors=True)
         return draft.done
 
     def _locate(self, ref: str) -> Path:
-        if (Path(ref) / "manifest.json").is_file() or kind_of(Path(ref)):
+        if (Path(ref) / "manifest.json").is_file() or foreign.kind_of(Path(ref)):
             return Path(ref)
         if ref.endswith(".gguf"):
             raise NotFound("there is no such file.", where=ref)
@@ -320,17 +345,9 @@ class Workspace:
 
     def _read(self, path: Path) -> Artifact:
         ours = self.artifacts.resolve() in path.resolve().parents  # there a missing manifest is damage
-        if ours or (path / "manifest.json").is_file() or not (kind := kind_of(path)):
+        if ours or (path / "manifest.json").is_file() or not (kind := foreign.kind_of(path)):
             return Artifact(path, read_manifest(path / "manifest.json"))
-        if path.is_file():
-            from ownlm import gguf  # brings numpy, which `ownlm --help` does without
-
-            path = path.parent.resolve() / path.name  # not where a link leads: a cache has other names for its files
-            names = [part.name for part in gguf.parts(path) if part.is_file()]
-        else:
-            path = path.resolve()
-            names = sorted([*hub.beside(path), *(file.name for file in path.glob("*.safetensors"))])
-        folder = path.parent if path.is_file() else path
+        path, folder, names = foreign.files(path)
         stats = {name: (folder / name).stat() for name in names}
         key = (path, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
         if key not in self.folders:
@@ -376,24 +393,6 @@ class Workspace:
         return artifact
 
 
-def verify(artifact: Artifact) -> None:
-    """Read every file the manifest lists and compare its hash. Raises ArtifactError that names each bad file."""
-    faults = []
-    for name, entry in artifact.manifest.files.items():
-        path = artifact.folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
-            faults.append(f"{name} leaves the artifact")
-        elif not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256(path) != entry["sha256"]:
-            faults.append(f"{name} does not match its checksum")
-    if faults:
-        cure = "Nothing was loaded. Make it again with its stage, or restore the file from a copy."
-        raise ArtifactError(f"damaged: {'; '.join(faults)}.", where=str(artifact.path), cure=cure)
-
-
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file, its own seal checked. Raises ArtifactError."""
     try:
@@ -410,31 +409,8 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"not a manifest ({fault!r}).", where=str(path)) from None
 
 
-def kind_of(folder: Path) -> str | None:
-    """What a folder of Hugging Face's layout is, by its files, or a GGUF file; None when it is none of these."""
-    if folder.suffix == ".gguf" and folder.is_file():
-        return "checkpoint"
-    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return "checkpoint"
-    if (folder / hub.ADAPTER[0]).is_file():
-        return "adapter"
-    return "tokenizer" if folder.is_dir() and set(hub.beside(folder)) - set(hub.SETTINGS) else None
-
-
-def own_code(folder: Path) -> list[str]:
-    """The code that a folder's settings name (auto_map), which is never fetched or run."""
-    found: set[str] = set()
-    for name in ("config.json", "tokenizer_config.json"):
-        with suppress(OSError, ValueError, AttributeError, RecursionError):
-            if (folder / name).stat().st_size > hub.SETTINGS_BYTES:
-                continue
-            named = json.loads((folder / name).read_bytes()).get("auto_map") or {}
-            found |= {ascii(str(value)[:80])[1:-1] for value in named.values()}
-    return sorted(found)[:10]
-
-
 def _manifest_of(path: Path, kind: str, files: dict[str, dict[str, Any]], written: float) -> Manifest:
-    code, one = own_code(path), path.is_file()
+    code, one = foreign.own_code(path), path.is_file()
     return Manifest(
         kind=kind,
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if one else path.name).strip("-._")[:100] or "model",

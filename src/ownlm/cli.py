@@ -15,9 +15,12 @@ from typing import Any
 from ownlm import __version__, device
 from ownlm.artifact import Workspace
 from ownlm.errors import Interrupted, UserError
+from ownlm.model_commands import bench, chat, generate, serve
 from ownlm.report import Reporter, duration, quantity, size
+from ownlm.task_commands import answer, classify, embed, summarize, translate
 
 Arguments = argparse.Namespace
+_workspace = Workspace.at_home
 
 
 def demo(args: Arguments, reporter: Reporter) -> None:
@@ -107,43 +110,6 @@ def stage(args: Arguments, reporter: Reporter) -> None:
     reporter.event("artifact", ref=made.ref, kind=made.kind, path=made.path, digest=made.digest, facts=made.facts)
 
 
-def generate(args: Arguments, reporter: Reporter) -> None:
-    """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
-    from ownlm import recipe
-    from ownlm.generate.model import load_writer
-    from ownlm.generate.sampling import Sampling
-
-    sampling = recipe.read(Sampling, None, args.override)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(
-        args.ref, adapter=args.adapter, workspace=_workspace(reporter), tensor_parallel=args.tensor_parallel
-    )
-    question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
-    if args.json:
-        from dataclasses import asdict
-
-        reporter.event("completion", **asdict(model.generate(question, sampling=sampling)))
-        return
-    for piece in model.stream(question, sampling=sampling):
-        reporter.out.write(piece)
-        reporter.out.flush()
-    reporter.line("")
-
-
-def chat(args: Arguments, reporter: Reporter) -> None:
-    """Talk to a model in the terminal."""
-    from ownlm import recipe
-    from ownlm.generate.chat import chat as talk
-    from ownlm.generate.model import load_decoder
-    from ownlm.generate.sampling import Sampling
-
-    sampling = recipe.read(Sampling, None, args.override)
-    model = load_decoder(
-        args.ref, adapter=args.adapter, workspace=_workspace(reporter), tensor_parallel=args.tensor_parallel
-    )
-    talk(model, sampling=sampling)
-
-
 def convert(args: Arguments, reporter: Reporter) -> None:
     """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
     from ownlm.formats.convert import convert as run
@@ -152,7 +118,7 @@ def convert(args: Arguments, reporter: Reporter) -> None:
 
 
 def quantize(args: Arguments, reporter: Reporter) -> None:
-    """Make a decoder's checkpoint small and fast: its weights as integers, calibrated on its own documents. What that costs is
+    """Make a checkpoint small and fast: its weights as integers, a decoder's calibrated on its own documents. What that costs is
     measured on held-out text."""
     from ownlm import pipeline
 
@@ -189,156 +155,12 @@ def export(args: Arguments, reporter: Reporter) -> None:
     reporter.event("exported", **asdict(done))
 
 
-def serve(args: Arguments, reporter: Reporter) -> None:
-    """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
-    from ownlm.serve.server import serve as run
-
-    run(
-        args.ref,
-        adapter=args.adapter,
-        host=args.host,
-        port=args.port,
-        tensor_parallel=args.tensor_parallel,
-        api_keys=device.api_keys(),
-        workspace=_workspace(reporter),
-        reporter=reporter,
-    )
-
-
-def classify(args: Arguments, reporter: Reporter) -> None:
-    """Say what each text (or image) is: labels with probabilities, or names with their characters, by the model's head."""
-    from dataclasses import asdict
-
-    from ownlm.generate.model import Model, load
-    from ownlm.generate.vision import ImageClassifier, ImageText
-
-    model = load(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    inputs = _lines(args.text)
-    labels = [label.strip() for label in (args.labels or "").split(",") if label.strip()]
-    if isinstance(model, ImageText):
-        if not labels:
-            raise UserError(
-                "this model needs labels to choose from.", where=args.ref, cure='Add --labels "a cat,a dog".'
-            )
-        found: list[Any] = model.classify_images(inputs, labels)
-    elif labels:
-        raise UserError("--labels is for CLIP; other models bring their own.", where=args.ref, cure="Leave it out.")
-    elif isinstance(model, ImageClassifier):
-        found = model.classify_images(inputs)
-    elif not isinstance(model, Model):
-        raise UserError(
-            "an encoder-decoder has no labels.", where=args.ref, cure="Use `ownlm generate`, translate or summarize."
-        )
-    elif model.headed.model.task == "token":
-        for text, entities in zip(inputs, model.entities(inputs), strict=True):
-            reporter.event("entities", text=text, entities=[asdict(entity) for entity in entities])
-            rows = [[one.text, one.label, f"{one.start}-{one.end}", f"{one.probability:.3f}"] for one in entities]
-            reporter.table(["found", "label", "characters", "probability"], rows)
-        return
-    else:
-        found = model.classify(inputs)
-    for text, values in zip(inputs, found, strict=True):
-        reporter.event("labels", text=text, labels=values)
-        reporter.line(f"{text}\n  " + "  ".join(f"{label} {value:.3f}" for label, value in list(values.items())[:5]))
-
-
-def embed(args: Arguments, reporter: Reporter) -> None:
-    """Turn each text into a vector; print the vectors as JSON lines, or write them to a .npy or .jsonl file."""
-    import json
-
-    import numpy as np
-
-    from ownlm.generate.model import Model, load
-    from ownlm.generate.vision import ImageText
-
-    out = None if args.out is None else Path(args.out)
-    if out is not None and out.suffix not in (".npy", ".jsonl"):
-        raise UserError(
-            f"{out.name} is neither .npy nor .jsonl.", where="--out", cure="Write for example --out vectors.npy."
-        )
-    model = load(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    if not isinstance(model, Model | ImageText):
-        raise UserError(
-            "this model makes no vectors of texts.", where=args.ref, cure="Give an encoder, a decoder or CLIP."
-        )
-    texts = _lines(args.text)
-    vectors = model.embed(texts).numpy()
-    if out is not None and out.suffix == ".npy":
-        np.save(out, vectors)
-    rows = [{"text": text, "vector": vector.tolist()} for text, vector in zip(texts, vectors, strict=True)]
-    if out is not None and out.suffix == ".jsonl":
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    if out is not None:
-        reporter.line(f"{len(rows)} vectors of {vectors.shape[1]} numbers are in {out}")
-    for row in rows:
-        reporter.event("embedding", **row)
-        if out is None:
-            reporter.line(json.dumps(row["vector"]))
-
-
-def answer(args: Arguments, reporter: Reporter) -> None:
-    """Answer a question from a text: by a span head where the model has one, else in its own words."""
-    from dataclasses import asdict
-
-    from ownlm.generate.model import load_writer
-
-    context = sys.stdin.read() if args.context == "-" else _file_or_text(args.context)
-    found = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter)).answer(args.question, context)
-    reporter.event("answer", question=args.question, **asdict(found))
-    reporter.line(found.text.strip())
-
-
-def translate(args: Arguments, reporter: Reporter) -> None:
-    """Translate each text with an encoder-decoder, a chat model or a base decoder."""
-    from ownlm.generate.model import load_writer
-
-    texts = _lines(args.text)
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    _written("translation", texts, model.translate(texts, source=args.source, target=args.target), reporter)
-
-
-def summarize(args: Arguments, reporter: Reporter) -> None:
-    """Put each text in short; a file is one text."""
-    from ownlm.generate.model import load_writer
-
-    texts = [sys.stdin.read() if text == "-" else _file_or_text(text) for text in args.text]
-    model = load_writer(args.ref, adapter=args.adapter, workspace=_workspace(reporter))
-    _written("summary", texts, model.summarize(texts), reporter)
-
-
-def _written(kind: str, texts: Sequence[str], completions: Sequence[Any], reporter: Reporter) -> None:
-    for text, completion in zip(texts, completions, strict=True):
-        reporter.event(kind, source=text, text=completion.text.strip(), finish_reason=completion.finish_reason)
-        reporter.line(completion.text.strip())
-
-
-def _lines(words: Sequence[str]) -> list[str]:
-    """The texts of the command line; "-" stands for the lines of standard input, @FILE for those of a file."""
-    texts: list[str] = []
-    for word in words:
-        if word == "-" or word.startswith("@"):
-            whole = sys.stdin.read() if word == "-" else _read(Path(word[1:]))
-            texts += [line for line in whole.splitlines() if line.strip()]
-        else:
-            texts.append(word)
-    if not texts:
-        raise UserError("there is no text.", cure='Give a text, "-" or @FILE.')
-    return texts
-
-
-def _file_or_text(word: str) -> str:
-    """The content of the file of that name, if there is one, else the word itself."""
+def _numbers(word: str) -> list[int]:
+    """Whole numbers between commas: _numbers("1,4") == [1, 4]."""
     try:
-        return _read(Path(word)) if Path(word).is_file() else word
-    except OSError:  # too long for a name
-        return word
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"this can't be read as text: {fault}.", where=str(path)) from None
+        return [int(part) for part in word.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} are no whole numbers; write for example 1,4,16") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,6 +181,14 @@ ADAPTER = (
     "--adapter",
     {"default": None, "metavar": "NAME", "help": "an adapter to load with it: a reference, or a folder of PEFT's"},
 )
+DRAFT = (
+    "--draft",
+    {
+        "default": None,
+        "metavar": "NAME",
+        "help": "a small model of the same vocabulary that writes ahead: the same text, sooner",
+    },
+)
 TENSOR_PARALLEL = (
     "--tensor-parallel",
     {
@@ -375,6 +205,17 @@ SAMPLING = (
 TEXTS = (
     "text",
     {"metavar": "TEXT", "nargs": "+", "help": 'a text, @FILE for its lines, "-" for those of standard input'},
+)
+ONE_TEXT = 'a text, @FILE for a file that is one, "-" for standard input'
+SET = (
+    "--set",
+    {
+        "dest": "settings",
+        "action": "append",
+        "default": [],
+        "metavar": "key=value",
+        "help": "how to write, as often as needed: max_tokens, beams, length_penalty, temperature, top_p, seed …",
+    },
 )
 STAGE = (("recipe", {"metavar": "RECIPE", "help": "a TOML file, or the name of one that comes with ownlm"}), OVERRIDE)
 
@@ -411,6 +252,7 @@ COMMANDS: dict[str, Command] = {
             ("prompt", {"metavar": "PROMPT"}),
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
+            DRAFT,
             TENSOR_PARALLEL,
             (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
@@ -438,8 +280,9 @@ COMMANDS: dict[str, Command] = {
         arguments=(
             REF,
             ("question", {"metavar": "QUESTION"}),
-            ("--context", {"required": True, "metavar": "TEXT", "help": 'the text to answer from, its file, or "-"'}),
+            ("--context", {"required": True, "metavar": "TEXT", "help": f"what to answer from: {ONE_TEXT}"}),
             ADAPTER,
+            SET,
         ),
     ),
     "translate": Command(
@@ -450,13 +293,39 @@ COMMANDS: dict[str, Command] = {
             ("--from", {"dest": "source", "required": True, "metavar": "LANGUAGE", "help": "e.g. English, or en"}),
             ("--to", {"dest": "target", "required": True, "metavar": "LANGUAGE", "help": "e.g. German, or de"}),
             ADAPTER,
+            SET,
         ),
     ),
     "summarize": Command(
         run=summarize,
-        arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": 'a text, its file, or "-"'}), ADAPTER),
+        arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": ONE_TEXT}), ADAPTER, SET),
     ),
-    "chat": Command(run=chat, arguments=(REF, ADAPTER, TENSOR_PARALLEL, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, TENSOR_PARALLEL, SAMPLING)),
+    "bench": Command(
+        run=bench,
+        arguments=(
+            ("what", {"choices": ("generate",), "help": "what is measured"}),
+            REF,
+            (
+                "--kind",
+                {
+                    "choices": ("f32", "bf16", "int8", "int4"),
+                    "default": None,
+                    "help": "precision of the weights (default: that in which the model runs)",
+                },
+            ),
+            ("--threads", {"default": None, "type": int, "metavar": "N", "help": "threads (default: all cores)"}),
+            (
+                "--prompts",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "lengths of prompts (default 64,512)"},
+            ),
+            (
+                "--batches",
+                {"default": None, "type": _numbers, "metavar": "N,…", "help": "streams at a time (default 1,2,4,8,16)"},
+            ),
+            ("--out", {"default": None, "metavar": "DIR", "help": "folder of what is written (default bench-NAME)"}),
+        ),
+    ),
     "convert": Command(
         run=convert,
         arguments=(
@@ -479,8 +348,8 @@ COMMANDS: dict[str, Command] = {
                 "--method",
                 {
                     "choices": ("gptq", "rtn"),
-                    "default": "gptq",
-                    "help": "gptq: calibrated on text (default); rtn: rounded to the nearest, no text needed",
+                    "default": None,
+                    "help": "gptq: calibrated on text (decoders; the default there); rtn: rounded to the nearest, no text needed",
                 },
             ),
             (
@@ -515,10 +384,26 @@ COMMANDS: dict[str, Command] = {
         run=serve,
         arguments=(
             REF,
-            ADAPTER,
+            (
+                "--adapter",
+                {
+                    "action": "append",
+                    "default": [],
+                    "metavar": "[NAME=]REF",
+                    "help": "serve this adapter under a name beside the model (may be given again); without a name: merge it",
+                },
+            ),
+            DRAFT,
             TENSOR_PARALLEL,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
+            (
+                "--kv",
+                {
+                    "choices": ("f32", "bf16", "int8"),
+                    "help": "how keys and values are kept; int8 takes half the memory of bf16",
+                },
+            ),
         ),
     ),
 }
@@ -573,11 +458,6 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     """The parser of each command."""
     (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(action.choices)
-
-
-def _workspace(reporter: Reporter) -> Workspace:
-    # Downloads are told on the error stream: standard output is for what was asked, an answer of a model perhaps.
-    return Workspace(device.home(), reporter if reporter.audience == "programs" else Reporter(out=sys.stderr))
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

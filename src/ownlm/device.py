@@ -21,9 +21,27 @@ def home() -> Path:
     return Path(os.environ.get("OWNLM_HOME") or ".ownlm")
 
 
-def api_keys() -> tuple[str, ...]:
-    """The keys a server accepts: `$OWNLM_API_KEYS`, separated by commas. Never on the command line, where `ps` shows them."""
-    return tuple(key for key in os.environ.get("OWNLM_API_KEYS", "").split(",") if key)
+def api_keys() -> dict[str, int]:
+    """The keys a server accepts and the least priority of each: `$OWNLM_API_KEYS`, as KEY or KEY;priority=-10, separated by
+    commas. Never on the command line, where `ps` shows them."""
+    keys: dict[str, int] = {}
+    for place, entry in enumerate(os.environ.get("OWNLM_API_KEYS", "").split(","), start=1):
+        key, _, setting = entry.partition(";")
+        number = re.fullmatch(r"priority=(-?\d{1,4})", setting)
+        if setting and not number:  # which may be a part of a key, so it isn't told
+            raise UserError(
+                f"what follows the semicolon of key {place} is no setting.",
+                where="OWNLM_API_KEYS",
+                cure="Write KEY or KEY;priority=-10.",
+            )
+        if key:
+            keys[key] = int(number[1]) if number else 0
+    return keys
+
+
+def admin_keys() -> tuple[str, ...]:
+    """The keys of who may change what a server serves: `$OWNLM_ADMIN_KEYS`, separated by commas."""
+    return tuple(key for key in os.environ.get("OWNLM_ADMIN_KEYS", "").split(",") if key)
 
 
 def hub() -> tuple[str, str | None]:

@@ -27,13 +27,18 @@ class NotFound(UserError):
 
 
 class ContextTooLong(UserError):
-    """A prompt that doesn't fit into the model; nothing is ever cut off silently."""
+    """A prompt that doesn't fit into the model, or with its keys and values into memory; nothing is ever cut off silently.
 
-    def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+    whole  the model's own context, where `context` is what the cache has room for
+    """
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int, whole: int | None = None) -> None:
         self.prompt_tokens, self.max_tokens, self.context = prompt_tokens, max_tokens, context
+        limit = f"the model's context is {context} tokens."
+        if whole is not None and whole > context:
+            limit = f"the cache here holds {context} tokens of a text (the model's context is {whole})."
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens and {max_tokens} more were asked for, but the model's context is "
-            f"{context} tokens.",
+            f"the prompt has {prompt_tokens} tokens and {max_tokens} more were asked for, but {limit}",
             cure=f"Shorten the prompt or ask for at most {max(0, context - prompt_tokens)} new tokens.",
         )
 

@@ -118,25 +118,45 @@ def parts(path: Path) -> list[Path]:
     return [path.with_name(f"{named[1]}-{at:05}-of-{named[3]}.gguf") for at in range(1, int(named[3]) + 1)]
 
 
+class Mapped:
+    """The tensors of a file as a part of memory: bytes are read when they are first looked at."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        with file.path.open("rb") as opened:
+            # Beyond the end of a file there is no memory: touching it would end the process.
+            if os.fstat(opened.fileno()).st_size < max((tensor.end for tensor in file.tensors.values()), default=1):
+                raise ArtifactError("the file was cut short after its header was read.", where=str(file.path))
+            # Private and writable, because torch accepts no read-only memory; nobody writes to it.
+            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def bytes(self, name: str) -> NDArray[np.uint8]:
+        """A view of the file."""
+        tensor = self.file.tensors[name]
+        return np.frombuffer(self._map, np.uint8, tensor.end - tensor.start, tensor.start)
+
+    def give_back(self, start: int = 0, end: int | None = None) -> None:
+        """Whole pages of these bytes (of all), so that the file doesn't stay in memory beside what was made of it."""
+        page = mmap.PAGESIZE
+        first, last = -(-start // page) * page, len(self._map) if end is None else end // page * page
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def stream(self) -> Iterator[tuple[str, NDArray[np.uint8], Callable[[int], None]]]:
+        """(name, bytes, give_back) of each tensor in file order: the bytes are to be used before the next are asked for.
+        `give_back(bytes)` says how many were."""
+        for name, tensor in sorted(self.file.tensors.items(), key=lambda item: item[1].start):
+
+            def give_back(done: int, tensor: TensorInfo = tensor) -> None:
+                self.give_back(tensor.start, tensor.start + done)
+
+            yield name, self.bytes(name), give_back
+            give_back(tensor.end - tensor.start)
+
+
 def stream(file: File) -> Iterator[tuple[str, NDArray[np.uint8], Callable[[int], None]]]:
-    """(name, bytes, give_back) of each tensor in file order: the bytes are a view of the mapped file, to be used before the
-    next are asked for. `give_back(bytes)` says how many were, so that the file doesn't stay in memory beside its copy."""
-    with file.path.open("rb") as opened:
-        # Beyond the end of a file there is no memory: touching it would end the process.
-        if os.fstat(opened.fileno()).st_size < max((tensor.end for tensor in file.tensors.values()), default=1):
-            raise ArtifactError("the file was cut short after its header was read.", where=str(file.path))
-        # Private and writable, because torch accepts no read-only memory; nobody writes to it.
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    page = mmap.PAGESIZE
-    for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1].start):
-
-        def give_back(done: int, first: int = -(-tensor.start // page) * page, tensor: TensorInfo = tensor) -> None:
-            last = (tensor.start + done) // page * page
-            if last > first and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-        yield name, np.frombuffer(mapped, np.uint8, tensor.end - tensor.start, tensor.start), give_back
-        give_back(tensor.end - tensor.start)
+    """`Mapped.stream` of a file."""
+    return Mapped(file).stream()
 
 
 class _Header:

@@ -301,7 +301,7 @@ def quantized(
     ref: str | Path,
     *,
     to: Precision,
-    method: Method,
+    method: Method | None,
     documents: str | Path | None,
     name: str | None,
     workspace: Workspace,

@@ -9,7 +9,8 @@ from references import difference
 from test_cache import loud_decoder, tokens
 
 from ownlm.generate.engine import Engine
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.static import CAPTURED_AFTER
 from ownlm.generate.torch_runner import PAGE, Line, TorchRunner

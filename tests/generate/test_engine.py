@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.drafts import Costs, Echoes
+from ownlm.generate.drafts import Costs, Echoes, Share
 from ownlm.generate.engine import Engine, Pace
 from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event, Row
 from ownlm.generate.torch_runner import PAGE, TorchRunner
-from ownlm.kernels.native import NativeDecoder, unsupported
+from ownlm.kernels.native import KV, NativeDecoder, unsupported
 from tiny import tiny_model
 
 MODEL = tiny_model()
@@ -188,16 +188,17 @@ def test_bfloat16_weights_generate() -> None:
     assert model.generate("hello", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
 
 
-RUNNERS = ["modules", "pages", *(["native"] if unsupported(MODEL.decoder) is None else [])]
+RUNNERS = ["modules", "pages", *(["native int8", "native"] if unsupported(MODEL.decoder) is None else [])]
 
 
 def small_engine(runner: str, pages: int = 6) -> Engine:
     """Three answers at a time; over so few pages that not all of them can be long, but for the modules as they run on a CPU."""
     made: Runner | None = None
-    if runner == "native":
-        made = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages)
-    elif runner == "pages":
+    if runner == "pages":
         made = TorchRunner(MODEL.decoder, pages=pages, page=PAGE, static=True)
+    elif runner != "modules":
+        kv: KV | None = "int8" if runner == "native int8" else None
+        made = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages, kv=kv)
     return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16, runner=made)
 
 
@@ -211,19 +212,30 @@ def no_page_is_lost(engine: Engine) -> None:
 
 
 class Pages(RuleBasedStateMachine):
-    """Random requests, cancellations and steps."""
+    """Random requests, cancellations and steps, each of which takes a second."""
 
     runner = "modules"
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = small_engine(self.runner)
+        self.engine = self.made()
         self.open: dict[int, int] = {}
+        self.now = 0.0
+        self.engine.clock = lambda: self.now
 
-    @rule(length=st.integers(1, 70), new=st.integers(1, 50), n=st.integers(1, 3), tenant=st.sampled_from("ab"))
-    def add(self, length: int, new: int, n: int, tenant: str) -> None:
+    def made(self) -> Engine:
+        return small_engine(self.runner)
+
+    @rule(
+        length=st.integers(1, 70),
+        new=st.integers(1, 50),
+        n=st.integers(1, 3),
+        tenant=st.sampled_from("ab"),
+        deadline=st.sampled_from((None, None, 0.0, 2.0, 20.0)),
+    )
+    def add(self, length: int, new: int, n: int, tenant: str, deadline: float | None) -> None:
         sampling = Sampling(max_tokens=new, n=n, temperature=1.0, stop_ids=frozenset())
-        self.open[self.engine.add([65] * length, sampling, tenant=tenant)] = n
+        self.open[self.engine.add([65] * length, sampling, tenant=tenant, deadline=deadline)] = n
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -236,6 +248,7 @@ class Pages(RuleBasedStateMachine):
     @rule(count=st.integers(1, 9))
     def steps(self, count: int) -> None:
         for _ in range(count):
+            self.now += 1
             for event in self.engine.step():
                 self.open[event.request] -= event.finish_reason is not None
                 if not self.open[event.request]:
@@ -372,10 +385,14 @@ def test_drafts_are_what_followed_before_and_only_where_they_pay() -> None:
     assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3], 2) == [9, 8]
     assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3, 5, 1, 2, 3], 4) == [5, 1, 2, 3]  # where it stood last
     costs = Costs()
-    assert costs.length(1, 0.9) == 0  # nothing known of a step without a draft
+    assert costs.length(1, Share(0.9)) == 0  # nothing known of a step without a draft
     costs.seconds = {1: 1.0, 3: 1.1, 5: 1.2, 8: 4.0}
-    assert costs.length(1, 0.9) == 4
-    assert costs.length(1, 0.05) == 0
+    assert costs.length(1, Share(0.9)) == 4
+    assert costs.length(1, Share(0.05)) == 0
     for _ in range(60):
-        said.learn(4, 0)
-    assert said.share < 0.01
+        said.share.learn(4, 0)
+    assert said.share.value < 0.01
+    assert [costs.curve()(rows) for rows in (1, 2, 4, 8, 99)] == [1.0, 1.0, 1.1, 4.0, 4.0]
+    costs.seconds[3] = 9.0  # something else held that step up: one of more rows was faster
+    assert costs.curve()(3) == 1.2
+    assert costs.curve()(0) is None

@@ -16,7 +16,8 @@ from references import CONFIGS, difference
 from ownlm.cli import main
 from ownlm.errors import UserError
 from ownlm.generate import parallel
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.parallel import RankLost
 from ownlm.generate.sampling import Sampling
 from ownlm.models.decoder import Decoder
@@ -147,7 +148,7 @@ def test_a_step_that_breaks_off_here_leaves_nobody_out_of_step(tmp_path: Path, m
 def test_followers_end_with_their_leader(tmp_path: Path) -> None:
     saved("llama3", tmp_path)
     code = (
-        "import sys, time; from ownlm.generate.model import load\n"
+        "import sys, time; from ownlm.generate.opening import load\n"
         "model = load(sys.argv[1], tensor_parallel=2); model.generate('a', max_tokens=3)\n"
         "print(model.ranks.processes[0].pid, flush=True); time.sleep(600)"
     )
@@ -169,6 +170,46 @@ def test_what_cannot_be_split_is_told_before_anything_is_left_behind(tmp_path: P
         load(path, adapter="one", tensor_parallel=2)
     assert not psutil.Process().children()
     assert not torch.distributed.is_initialized()
+
+
+def test_a_split_model_searches_over_beams_and_goes_without_adapters(tmp_path: Path) -> None:
+    """The beams' pages are copied on every rank."""
+    whole = load(saved("llama3", tmp_path))
+    assert isinstance(whole, Model)
+    model = split(tmp_path)
+    search = {**FREE, "beams": 3}
+    assert [one.tokens for one in model.generate(PROMPTS, **search)] == [
+        one.tokens for one in whole.generate(PROMPTS, **search)
+    ]
+    assert model.loaded_adapters == []
+    with pytest.raises(UserError, match="a split model goes without adapters"):
+        model.adapters.load("one", tmp_path)
+    with pytest.raises(UserError, match="a split model goes without adapters"):
+        model.generate("a", adapter="one")
+    model.kv = "int8"
+    with pytest.raises(UserError, match=r"kv=int8.*the model is split over processes"):
+        model.engine(1)
+    end(model)
+
+
+def test_a_small_model_drafts_for_a_split_one(tmp_path: Path) -> None:
+    """The same text; it runs in the first process alone, and its drafts are read by all."""
+    model = load(saved("llama3", tmp_path), tensor_parallel=2, draft=tmp_path)
+    whole = load(tmp_path)
+    assert isinstance(model, Model)
+    assert isinstance(whole, Model)
+    engine = model.engine(2)
+    assert engine.drafter is not None
+    engine.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]  # as if rows cost nothing
+    engine.costs.seconds = dict.fromkeys(range(1, 50), 1.0)
+    engine.drafter.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]
+    engine.drafter.costs.seconds = {1: 1e-6}
+    prompt = model.prompt_ids(PROMPTS[0])
+    engine.add(prompt, Sampling(max_tokens=40, stop_ids=frozenset()))
+    said = [event.token.id for _ in range(40) for event in engine.step() if event.token]
+    assert tuple(said) == whole.generate(PROMPTS[0], max_tokens=40, stop_ids=frozenset()).tokens
+    assert engine.accepted_tokens > 20
+    end(model)
 
 
 @pytest.mark.slow

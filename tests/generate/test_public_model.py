@@ -11,8 +11,12 @@ import torch
 from ownlm.artifact import Workspace
 from ownlm.errors import ArtifactError, ContextTooLong, NotFound, UserError
 from ownlm.generate.chat import chat
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
+from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
+from ownlm.kernels import native
+from ownlm.kernels.native import NativeDecoder, unsupported
 from ownlm.models.weights import save_model
 from ownlm.records import Completion, Message
 from tiny import tiny_model
@@ -71,6 +75,24 @@ def test_several_answers_and_refusals() -> None:
         MODEL.logits([[1] * 129])
 
 
+def test_the_best_of_several_answers() -> None:
+    prompts = [MODEL.prompt_ids(text) for text in ("a", "bc")]
+    # A stop token ends some answers early: the mean, not the sum, decides.
+    settings: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 9, "stop_ids": frozenset(range(60))}
+    every = MODEL.answers(prompts, Sampling(n=6, **settings))
+    found = MODEL.answers(prompts, Sampling(n=2, best_of=6, **settings))
+    assert len({len(one.tokens) for row in every for one in row}) > 2
+    for row, chosen in zip(every, found, strict=True):
+        means = sorted((sum(one.logprobs) / len(one.logprobs) for one in row), reverse=True)
+        assert [sum(one.logprobs) / len(one.logprobs) for one in chosen] == means[:2]
+    [one] = MODEL.generate(["bc"], best_of=6, **settings)
+    assert one.tokens == found[1][0].tokens
+    assert "".join(MODEL.stream("bc", best_of=6, **settings)) == one.text
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 5000}, {"n": 0}, {"n": 5000}):
+        with pytest.raises(UserError, match="must be"):
+            Sampling(**wrong)
+
+
 def test_streams_may_run_side_by_side_and_be_left() -> None:
     alone = ["".join(MODEL.stream(prompt, **FREE)) for prompt in ("x", "y")]
     first, second, left = MODEL.stream("x", **FREE), MODEL.stream("y", **FREE), MODEL.stream("z", **FREE)
@@ -117,14 +139,48 @@ def test_embeddings_are_means_of_hidden_states() -> None:
     assert MODEL.embed("short").shape == (1, 32)
 
 
-def test_the_cache_fits_into_memory_and_always_holds_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     token_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their width, float32
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda device: token_bytes * 128 * 4 * 3 + 1)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: token_bytes * 128 * 4 * 3 + 1)
     pool = MODEL.engine(8).pool
     assert 128 < pool.count * pool.size <= 3 * 128  # fewer where heads are padded
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda device: 0)
-    pool = MODEL.engine(8).pool
-    assert pool.count * pool.size == 128
+
+
+@pytest.mark.skipif(unsupported(MODEL.decoder) is not None, reason="no native kernels here")
+def test_what_memory_has_no_room_for_is_told_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    page_bytes = NativeDecoder(MODEL.decoder).page_bytes()
+    # A quarter is not enough for the context of four pages, three quarters are.
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: int(page_bytes * 5.5))
+    monkeypatch.setattr("ownlm.kernels.native.packed_bytes", lambda model: 0)
+    assert MODEL.engine(8).context == 128
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: int(page_bytes * 3))
+    engine = MODEL.engine(8)
+    assert (engine.context, engine.pool.count) == (64, 2)
+    with pytest.raises(
+        ContextTooLong, match=r"cache here holds 64 tokens .*context is 128\)\..* at most 4 new"
+    ) as caught:
+        engine.add([65] * 60, Sampling(max_tokens=5))
+    assert caught.value.context == 64
+    request = engine.add([65] * 60, Sampling(max_tokens=4, stop_ids=frozenset()))
+    events = [event for _ in range(9) for event in engine.step()]
+    assert [event.request for event in events] == [request] * 4
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: 0)
+    assert MODEL.engine(8).context == 32
+
+
+def test_keys_and_values_are_kept_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    if native.unsupported(model.decoder) is None:
+        model.kv = "int8"
+        runner = model.engine(2).runner
+        assert isinstance(runner, NativeRunner)
+        assert runner.cache.kv == "int8"
+        assert model.generate("once upon a time", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
+    without = tiny_model()
+    without.kv = "int8"
+    monkeypatch.setattr(native, "unsupported", lambda model: "there is no compiler")
+    with pytest.raises(UserError, match=r"kv=int8.*there is no compiler"):
+        without.engine(2)
 
 
 def test_changed_weights_are_what_generates() -> None:

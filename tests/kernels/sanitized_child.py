@@ -6,7 +6,11 @@ The library is $XDG_CACHE_HOME/ownlm/sanitized.so. With `overrun` a step is told
 shows that the sanitizers watch.
 """
 
+import copy
+import itertools
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from references import CONFIGS, make_loud
 
+from ownlm.formats.ggml import Blocks
+from ownlm.formats.ggml_encode import quantize
 from ownlm.kernels import build, choose, library
+from ownlm.kernels.adapters import NativeAdapter
+from ownlm.kernels.linear import accelerate
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
+from ownlm.models.adapters import Learned, Pair, base_of, matching
+from ownlm.models.blocks import MLP
+from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.models.quantize import QuantizedLinear, quantize_linears
+from ownlm.models.specs import FeedForward
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -41,6 +54,30 @@ def batch(lengths: list[int], first: list[int], pages_SP: np.ndarray) -> Batch:
     )
 
 
+def adapter(model: Decoder, rank: int) -> Learned:
+    """Of every layer, and of the head where there is one of its own."""
+
+    def pair(name: str) -> Pair:
+        layer = base_of(model, name)
+        return Pair(torch.ones(rank, layer.in_features), torch.ones(layer.out_features, rank), alpha=0.1, rslora=False)
+
+    whole = {} if model.lm_head is None else dict(model.lm_head.named_parameters(prefix="lm_head"))
+    return Learned(pairs={name: pair(name) for name in matching(model, "all-linear")}, whole=whole)
+
+
+def integers(model: Decoder, instruction_set: str) -> Iterator[NativeDecoder]:
+    """The model in codes, and in blocks of a GGUF file where rows are whole ones."""
+    for to, type in (("int8", "Q8_0"), ("int4", "Q4_0"), ("int8", "Q5_0")):
+        coded = copy.deepcopy(model)
+        quantize_decoder(coded, to)  # type: ignore[arg-type]
+        yield NativeDecoder(coded, instruction_set=instruction_set)
+        for module in coded.modules():
+            if isinstance(module, QuantizedLinear) and module.in_features % 32 == 0:
+                weight = module.dequantized(torch.float32)
+                module.blocks = Blocks(type, torch.cat(list(quantize(type, weight))).flatten(), tuple(weight.shape))
+        yield NativeDecoder(coded, instruction_set=instruction_set)
+
+
 def main(instruction_set: str, overrun: bool) -> None:
     build.file_name = lambda: "sanitized.so"
     assert instruction_set in library.instruction_sets(), library.missing()
@@ -52,18 +89,39 @@ def main(instruction_set: str, overrun: bool) -> None:
         model = family.build(config, CONFIGS[name])
         make_loud(model)
         assert isinstance(model, Decoder)
-        for kind in KINDS:
-            native = NativeDecoder(model, kind, instruction_set=instruction_set)
-            cache = native.cache(pages_SP.size)
+        packed = [NativeDecoder(model, kind, instruction_set=instruction_set) for kind in KINDS]
+        codes = [(native, "int8") for native in packed if native.kind == "bf16"]
+        for native, kv in [*((one, None) for one in (*packed, *integers(model, instruction_set))), *codes]:
+            cache = native.cache(pages_SP.size, kv)
+            adapters = [NativeAdapter(native, adapter(model, rank)) for rank in (3, 33)]
             for lengths, first in (([41, 9], [0, 0]), ([1, 11], [41, 9]), ([3 * PAGE - 42, 1], [42, 20])):
                 given = batch(lengths, first, pages_SP)
                 if overrun:
                     object.__setattr__(given, "position_R", given.position_R[:1].copy())
+                chosen = np.repeat(np.array([0, 1], np.int32), lengths)
+                chosen[::3] = -1
+                given = replace(given, adapter_R=chosen, adapters=adapters)
                 logits_WV, hidden_WD = native.step(cache, given, hidden=True)
                 assert logits_WV is not None
                 assert hidden_WD is not None
-                assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, kind)
+                assert torch.cat([logits_WV, hidden_WD], -1).isfinite().all(), (name, native.kind)
                 choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
+    library.instruction_set = lambda: instruction_set
+    layers()
+
+
+def layers() -> None:
+    """Quantised layers by themselves: inputs and outputs that end within groups and tiles, with and without a gate."""
+    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4"), (False, True)):
+        mlp = MLP(50, FeedForward(size=size, gated=gated, bias=True))
+        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
+        quantize_linears(model, scheme)
+        assert accelerate(model)
+        with torch.no_grad():
+            for rows in (1, 7, 19):
+                x = torch.randn(rows, 50)
+                assert mlp(x).isfinite().all()
+                assert mlp.up_proj(x).isfinite().all()
 
 
 if __name__ == "__main__":

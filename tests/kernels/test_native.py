@@ -7,13 +7,17 @@ from references import CONFIGS, difference, make_loud
 from torch import Tensor
 
 from ownlm.kernels import library
-from ownlm.kernels.native import PAGE, Batch, Kind, NativeDecoder, unsupported
+from ownlm.kernels.native import KV, PAGE, Batch, Kind, NativeDecoder, unsupported
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 LENGTH = 160
 BAR = 1e-4
+NEARLY: dict[KV, float] = {
+    "bf16": 0.03,
+    "int8": 0.08,
+}  # |Δ| of a row of logits as a share of it; loud weights make rounding visible
 
 
 def decoder(name: str) -> Decoder:
@@ -44,10 +48,12 @@ def shuffled_pages(sequences: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(sequences * each).reshape(sequences, each).astype(np.int32)
 
 
-def logits(native: NativeDecoder, tokens: Tensor, pieces: list[int], *, long: bool = False) -> Tensor:
+def logits(
+    native: NativeDecoder, tokens: Tensor, pieces: list[int], *, long: bool = False, kv: KV | None = None
+) -> Tensor:
     """Of all tokens, read in pieces of the given lengths."""
     pages = shuffled_pages(2, len(tokens))
-    cache, out, at = native.cache(pages.size), [], 0
+    cache, out, at = native.cache(pages.size, kv), [], 0
     for piece in pieces:
         found, _ = native.step(cache, batch(tokens, range(at, at + piece), 1, pages, long=long))
         assert found is not None
@@ -84,16 +90,39 @@ def test_every_instruction_set_gives_the_same_quantised_logits(name: str, kind: 
         assert cosine.min() > 0.99, (name, kind, cosine.min())
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int8", "int4"])
-def test_a_row_does_not_depend_on_its_neighbours(kind: Kind) -> None:
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("instruction_set", library.instruction_sets())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_and_values_in_few_bits_are_nearly_the_same(name: str, instruction_set: str, kv: KV) -> None:
+    model = decoder(name)
+    tokens = torch.randint(model.config.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        reference = model.logits(model(tokens[None]))[0]
+    native = NativeDecoder(model, "f32", instruction_set=instruction_set)
+    ours = logits(native, tokens, [90, 37, 1, 9, *[1] * 23], long=True, kv=kv)
+    distance = (ours - reference).norm(dim=-1) / reference.norm(dim=-1)
+    assert distance.median() < NEARLY[kv], (name, distance.median())
+
+
+def test_int8_takes_half_the_memory_of_bf16() -> None:
+    native = NativeDecoder(decoder("llama"), "bf16")
+    heads = native.padded_head
+    assert native.page_bytes("int8") == native.page_bytes("bf16") * (heads + 2) // (2 * heads)
+    assert native.page_bytes("f32") == 2 * native.page_bytes("bf16") == 2 * native.page_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv"), [("f32", None), ("bf16", None), ("int8", None), ("int4", None), ("f32", "int8"), ("int8", "int8")]
+)
+def test_a_row_does_not_depend_on_its_neighbours(kind: Kind, kv: KV | None) -> None:
     model = decoder("mixtral")
     native = NativeDecoder(model, kind)
     tokens = torch.randint(model.config.vocab_size, (50,), generator=torch.Generator().manual_seed(1))
-    alone = logits(native, tokens, [50])
-    by_one = logits(native, tokens, [1] * 50)
+    alone = logits(native, tokens, [50], kv=kv)
+    by_one = logits(native, tokens, [1] * 50, kv=kv)
     assert torch.equal(alone, by_one)
     pages = shuffled_pages(9, 50)
-    cache = native.cache(pages.size)
+    cache = native.cache(pages.size, kv)
     for at in range(50):  # nine sequences, each a token behind the one before
         rows = [(sequence, at - sequence) for sequence in range(9) if at - sequence >= 0]
         found, _ = native.step(

@@ -1,4 +1,5 @@
-"""The families that llama.cpp computes, as transformers configs with loud weights, and its name for each."""
+"""The families that llama.cpp computes, as transformers configs with loud weights, and its name for each; and T5s, by their names in
+seq2seq.py, with the one thing about them that llama.cpp takes for granted."""
 
 from typing import Any
 
@@ -34,3 +35,5 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("qwen3moe", CONFIGS["qwen3-moe"] | {"norm_topk_prob": True}),
     "gpt-oss": ("gpt-oss", CONFIGS["gpt-oss"]),
 }  # fmt: skip
+T5S = ("t5-1.0", "t5-1.1", "mt5")
+DISTANCE = {"relative_attention_max_distance": 128}

@@ -53,7 +53,7 @@ def loud(config: dict[str, Any], *, untied: bool = False, kind: str | None = Non
     return model.eval()
 
 
-def save(name: str, directory: Path, *, kind: str | None = None, seed: int = 0) -> PreTrainedModel:
-    model = loud(CONFIGS[name], untied=name in UNTIED and kind is None, kind=kind, seed=seed)
+def save(name: str, directory: Path, *, kind: str | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    model = loud(CONFIGS[name] | changes, untied=name in UNTIED and kind is None, kind=kind, seed=seed)
     model.save_pretrained(directory)
     return model

@@ -15,7 +15,8 @@ from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import QuantizedLinear, Scheme, from_blocks
+from ownlm.models.quantize import QuantizedLinear, Scheme
+from ownlm.models.recode import from_blocks
 from ownlm.models.weights import load_model, save_codes, save_model
 
 DECODERS = ["gpt2", "llama3", "qwen3-tied", "mixtral", "phi2", "gemma3", "gpt-oss"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -182,9 +183,44 @@ def test_decoders_label_tokens(name: str, tmp_path: Path) -> None:
         assert difference(fresh.head(fresh(ids))[mask], expected[mask]) <= BAR
 
 
+SPANS = ("gpt2", "gpt-neo", "gpt-neox", "llama3", "mistral", "mixtral", "qwen2", "qwen3-tied", "qwen3-moe")
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_decoders_find_spans(name: str, tmp_path: Path) -> None:
+    """As above; some of these files call the body otherwise than all others do."""
+    config = AutoConfig.for_model(**CONFIGS[name])
+    reference = make_loud(AutoModelForQuestionAnswering.from_config(config, attn_implementation="eager"))
+    reference.save_pretrained(tmp_path)
+    model, (ids, mask) = load_model(tmp_path), padded("right")
+    assert model.task == "span"
+
+    def agree(ours: Any, other: Any) -> None:
+        with torch.inference_mode():
+            expected = other(ids, attention_mask=mask.long())
+            start, end = ours.head(ours(ids), mask)
+        assert difference(start[mask], expected.start_logits[mask]) <= BAR
+        assert difference(end[mask], expected.end_logits[mask]) <= BAR
+        assert start[~mask].isneginf().all()
+
+    agree(model, reference)
+    save_model(model, tmp_path / "again")
+    ours, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", tmp_path))
+    assert ours.keys() == given.keys()
+    assert all(torch.equal(ours[key], given[key]) for key in ours)
+    save(CONFIGS[name], tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    fresh = with_head(base, "span", seed=1)
+    save_model(fresh, tmp_path / "fresh")
+    agree(fresh, theirs(tmp_path / "fresh", AutoModelForQuestionAnswering))
+    body = base.state_dict()
+    assert all(torch.equal(tensor, body[key]) for key, tensor in fresh.state_dict().items() if "head." not in key)
+    assert with_head(fresh, "token", NAMES).config.layers == base.config.layers  # and back to the usual names
+
+
 def test_a_decoder_has_no_other_head(tmp_path: Path) -> None:
-    save(CONFIGS["qwen3"], tmp_path)
-    with pytest.raises(UserError, match="qwen3 models have no head for the task span"):
+    save(CONFIGS["phi2"], tmp_path)
+    with pytest.raises(UserError, match="phi models have no head for the task span"):
         with_head(load_model(tmp_path), "span")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 
 CHILD = Path(__file__).parents[1] / "llama_cpp_child.py"
 MARGIN = 0.05  # between the largest and the second largest logit
@@ -61,21 +62,29 @@ class Greedy:
 
 
 @torch.inference_mode()
-def greedy(model: Decoder, prompt: list[int], count: int) -> Greedy:
-    """The tokens our model chooses through its cache, and how close the closest choice was."""
+def greedy(model: Decoder | EncoderDecoder, prompt: list[int], count: int) -> Greedy:
+    """The tokens our model chooses through its cache, and how close the closest choice was. An encoder-decoder's prompt is its source."""
     cache = KVCache(model.config, slots=1, max_tokens=len(prompt) + count)
-    step, positions = torch.tensor([prompt]), torch.arange(len(prompt))[None]
+    step, start = torch.tensor([prompt]), 0
+    if isinstance(model, EncoderDecoder):
+        source, step = model.source(model.encode(step)), torch.tensor([[model.config.start_token]])
     tokens, margin = [], float("inf")
     for _ in range(count):
-        logits_V = model.logits(model(step, positions_BT=positions, cache=cache)[:, -1])[0]
+        if isinstance(model, EncoderDecoder):
+            hidden = model.decode(step, source, cache=cache, start=start)
+        else:
+            hidden = model(step, positions_BT=torch.arange(start, start + step.shape[1])[None], cache=cache)
+        logits_V = model.logits(hidden[:, -1])[0]
         first, second = logits_V.topk(2).values.tolist()
         margin = min(margin, first - second)
         tokens.append(int(logits_V.argmax()))
-        step, positions = torch.tensor([tokens[-1:]]), positions[:, -1:] + 1
+        start, step = start + step.shape[1], torch.tensor([tokens[-1:]])
     return Greedy(tokens, margin)
 
 
-def decided(model: Decoder, *, length: int, count: int, vocabulary: int, tries: int = 60) -> tuple[list[int], Greedy]:
+def decided(
+    model: Decoder | EncoderDecoder, *, length: int, count: int, vocabulary: int, tries: int = 60
+) -> tuple[list[int], Greedy]:
     """(a prompt, what follows it): the first of some random prompts after which no choice is close."""
     best: tuple[list[int], Greedy] | None = None
     for seed in range(tries):

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf as reference
 import pytest
+import seq2seq
 import torch
 from encoder_references import save_encoder
 from references import CONFIGS, difference, save
@@ -102,6 +103,28 @@ def test_an_encoder(tmp_path: Path) -> None:
     assert 0 < done.comparison.max_difference < 0.05
     assert "cosine of vectors 1.0" in done.told or "0.9999" in done.told
     assert "There is no tokenizer with the model: the file takes token ids only." in done.notes
+
+
+def test_an_encoder_decoder_and_its_vocabulary(tmp_path: Path) -> None:
+    """T5 with SentencePiece's Unigram: the file writes what the checkpoint writes, in both directions."""
+    folder = tmp_path / "hf"
+    seq2seq.save("t5-1.0", folder, vocab_size=1100, relative_attention_max_distance=128)
+    shutil.copy(TOKENIZER.parent / "sentencepiece" / "test_model.model", folder / "spiece.model")
+    names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    done = export(folder, out=tmp_path / "t5.gguf", quantization="F32")
+    assert (done.architecture, done.notes, done.comparison.agreement) == ("t5", (), 1.0)
+    fields = reference.GGUFReader(done.path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "t5"
+    assert fields["tokenizer.ggml.add_eos_token"].contents() is True
+    assert fields["t5.decoder_start_token_id"].contents() == 0
+    export(done.path, to="hf", out=tmp_path / "again")
+    ours = ownlm.load(folder)
+    for path in (done.path, tmp_path / "again"):
+        theirs = ownlm.load(path)
+        for text in ("I saw a girl with a telescope.", "summarize: Botchan"):
+            assert theirs.prompt_ids(text) == ours.prompt_ids(text)
+            assert theirs.generate(text, max_tokens=20).tokens == ours.generate(text, max_tokens=20).tokens
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:

@@ -13,16 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seq2seq
 import torch
+from block_files import WIDE
+from block_files import model as block_model
 from encoder_references import save_encoder
-from gguf_cases import CASES
+from gguf_cases import CASES, DISTANCE, T5S
 from llama_reference import LlamaCpp, decided, difference
 from references import CONFIGS, save
 from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
 
 from ownlm import gguf
+from ownlm.kernels import library
+from ownlm.kernels.native import NativeDecoder, text_logits
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
+from ownlm.models.unread import open_unread
 from ownlm.models.weights import load_model, save_model
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
@@ -107,6 +113,26 @@ def test_encoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     assert difference(ours, theirs) <= 1e-3
 
 
+@pytest.mark.parametrize("name", T5S)
+def test_encoder_decoders(name: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """The encoder's states, the decoder's logits in one go, and greedy tokens from its start token on, beyond the exact buckets."""
+    seq2seq.save(name, tmp_path / "hf", **DISTANCE)
+    path = tmp_path / "model.gguf"
+    assert export(tmp_path / "hf", out=path, quantization="F32").architecture == "t5"
+    model = load_model(tmp_path / "hf")
+    source, ours = decided(model, length=150, count=TOKENS, vocabulary=97)
+    given = [model.config.start_token, *ours.tokens[:-1]]
+    with torch.inference_mode():
+        memory = model.encode(torch.tensor([source]))
+        logits = model.logits(model.decode(torch.tensor([given]), model.source(memory)))[0]
+    bar = 1e-5 if name == "t5-1.0" else 3e-3  # gates are GELU's
+    theirs = llama_cpp.ask(model=str(path), source=source, prompt=given[:1], tokens=TOKENS)
+    assert difference(memory[0], torch.tensor(theirs["hidden"])) <= bar
+    assert theirs["tokens"] == ours.tokens
+    at_once = llama_cpp.ask(model=str(path), source=source, prompt=given, tokens=1)
+    assert difference(logits, torch.tensor(at_once["logits"])) <= bar
+
+
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"])
 def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     """llama.cpp also rounds what it multiplies with (to 8 bits): its logits are near ours, much nearer than the original's are
@@ -126,6 +152,31 @@ def test_quantised_files_are_read_as_we_read_them(quantization: str, llama_cpp: 
     assert distance(theirs - ours) < 0.02 * distance(ours)
     if quantization.startswith("Q4"):
         assert distance(theirs - ours) < 0.25 * distance(original - ours)
+
+
+@pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_the_kernels_run_quantised_files_as_llama_cpp_does(
+    name: str, quantization: str, llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    """Both round activations to 8 bits, each in its own way; K-quants are int8 here. So they are about as near to each other as each is
+    to the file's numbers."""
+    path = tmp_path / "model.gguf"
+    save_model(block_model(name, **WIDE), tmp_path / "hf")
+    export(tmp_path / "hf", out=path, quantization=quantization)
+    ids = torch.randint(0, 97, (24,), generator=torch.Generator().manual_seed(0))
+    unread = open_unread(path, torch.float32)
+    assert unread is not None
+    ours = text_logits(NativeDecoder(unread.model, lend=unread.lend), ids)
+    theirs = torch.tensor(llama_cpp.ask(model=str(path), prompt=ids.tolist(), tokens=1)["logits"])
+    numbers = load_model(path, dtype=torch.float32)
+    with torch.inference_mode():
+        exact = numbers.logits(numbers(ids[None]))[0]
+    distance = torch.linalg.vector_norm
+    assert distance(ours - exact) < 1.5 * distance(theirs - exact) + 0.005 * distance(exact)
+    assert distance(ours - theirs) < 2 * distance(theirs - exact) + 0.01 * distance(exact)
+    assert distance(theirs - exact) < 0.05 * distance(exact)
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "uniform", "shifted"])
@@ -153,11 +204,14 @@ def test_a_unigram_vocabulary(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = Tokenizer.load(tmp_path)
-    gguf.write(tmp_path / "v.gguf", {"general.architecture": "t5", **to_gguf(tokenizer, tokenizer.vocab_size)}, [])
+    vocabulary = to_gguf(tokenizer, tokenizer.vocab_size, ends=True)
+    gguf.write(tmp_path / "v.gguf", {"general.architecture": "t5", **vocabulary}, [])
     lines = (VECTORS / "sentencepiece" / "botchan.txt").read_text().splitlines()[:300]
     texts = [*PROBES, *(line for line in lines if line.strip())]
     theirs = llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts)["ids"]
     assert theirs == [tokenizer.encode(text) for text in texts]
+    framed = llama_cpp.ask(model=str(tmp_path / "v.gguf"), texts=texts, framed=True)["ids"]
+    assert framed == [tokenizer.document(text) for text in texts]
 
 
 @needs_vectors

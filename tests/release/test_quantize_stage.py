@@ -14,6 +14,8 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.cli import main
 from ownlm.errors import UserError
 from ownlm.kernels import library
+from ownlm.models.families import from_hf
+from ownlm.models.heads import init_normal
 from ownlm.models.quantize import QuantizedLinear
 from ownlm.models.weights import load_model, save_model
 from ownlm.pipeline import run_stage
@@ -153,6 +155,48 @@ def test_what_is_no_decoder_is_refused(workspace: Workspace, capsys: pytest.Capt
     assert "checkpoint or adapter" in capsys.readouterr().err
 
 
+BERT = {
+    "model_type": "bert", "architectures": ["BertModel"], "vocab_size": tiny_tokenizer().vocab_size, "hidden_size": 32,
+    "max_position_embeddings": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "vocab_size": tiny_tokenizer().vocab_size, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+    "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1, "n_positions": 64,
+}  # fmt: skip
+
+
+def written_encoder(folder: Path, hf: dict[str, object] = BERT) -> None:
+    config, family = from_hf(hf)
+    model = family.build(config, hf)
+    init_normal(model.named_parameters(), std=0.3)
+    save_model(model, folder)
+    tiny_tokenizer().save(folder)
+
+
+def test_encoders_and_encoder_decoders_are_rounded(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "book.txt").write_text("\n".join(text(index) for index in range(30)))
+    for name, hf in (("reader", BERT), ("rewriter", T5)):
+        with workspace.create("checkpoint", name, inputs={}, recipe=Recipe(name=name)) as draft:
+            written_encoder(draft.path, hf)
+        made = quantized(workspace, name, to="int8", documents=tmp_path / "book.txt")
+        assert made.manifest.recipe["method"] == "rtn"
+        held = made.facts["held_out"]
+        assert 0.95 < held["lowest"] <= held["cosine"] < 1
+        with pytest.raises(UserError, match="only decoders are calibrated"):
+            quantized(workspace, name, method="gptq")
+    small = ownlm.load("reader-int8", workspace=workspace)
+    whole = ownlm.load("reader", workspace=workspace)
+    assert small.num_parameters == whole.num_parameters
+    assert (small.embed(WORDS) * whole.embed(WORDS)).sum(-1).min() > 0.99
+    assert ownlm.load("rewriter-int8", workspace=workspace).generate("a", max_tokens=3).tokens
+    assert main(["quantize", "reader", "--to", "int4"]) == 0  # no text: nothing is compared
+    assert "held_out" not in workspace.open("reader-int4").facts
+    assert main(["quantize", "reader", "--to", "int8", "--documents", str(tmp_path / "book.txt"), "--name", "b"]) == 0
+    assert "cosine" in capsys.readouterr().out
+
+
 def test_the_how_to_page_runs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command, the Python and the recipe of docs/how-to/quantise-a-model.md, in their order."""
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "quantise-a-model.md").read_text()
@@ -160,6 +204,7 @@ def test_the_how_to_page_runs(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     shutil.copytree(workspace.open("stray").path, tmp_path / "gpt2", ignore=lambda *_: ["manifest.json"])
     (tmp_path / "book.txt").write_text("\n".join(text(index) for index in range(30)))
+    written_encoder(tmp_path / "minilm")
     commands = [line.strip() for line in page.splitlines() if line.startswith("    ownlm ")]
     assert len(commands) >= 6
     for command in commands:

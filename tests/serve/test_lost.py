@@ -11,7 +11,8 @@ import pytest
 
 from live import http
 from ownlm.artifact import Workspace
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.parallel import RankLost
 from ownlm.models.weights import save_model
 from ownlm.serve.server import serve

@@ -337,3 +337,24 @@ def test_answers_of_a_given_form(client: openai.OpenAI) -> None:
         client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "((("})
     with pytest.raises(openai.BadRequestError, match="one form"):
         client.completions.create(model="tiny", prompt="x", extra_body={"guided_regex": "a", "guided_grammar": "b"})
+
+
+def test_the_best_of_several_completions(client: openai.OpenAI, address: str) -> None:
+    settings: dict[str, Any] = {"model": "tiny", "prompt": ["a", "bc"], "max_tokens": 6, "temperature": 1, "seed": 5}
+    every = client.completions.create(**settings, n=5, logprobs=0)
+    found = client.completions.create(**settings, n=2, best_of=5, logprobs=0)
+
+    def mean(choice: Any) -> float:
+        values = choice.logprobs.token_logprobs
+        return sum(values) / len(values)
+
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    for place in range(2):
+        of_prompt = sorted(every.choices[5 * place : 5 * place + 5], key=mean, reverse=True)
+        assert [choice.text for choice in found.choices[2 * place : 2 * place + 2]] == [
+            choice.text for choice in of_prompt[:2]
+        ]
+    assert found.usage == every.usage  # what was written counts, as OpenAI counts it
+    for wrong in ({"best_of": 2, "n": 3}, {"best_of": 3, "stream": True}, {"best_of": 200}):
+        with pytest.raises(openai.BadRequestError, match="best_of"):
+            client.completions.create(**settings, **wrong)

@@ -105,6 +105,24 @@ def test_metrics_are_for_prometheus(tmp_path: Path) -> None:
     assert text.count("# TYPE") == text.count("# HELP") > 10
 
 
+def test_a_model_that_drafts_is_counted_and_changes_nothing(tmp_path: Path) -> None:
+    model, asked = tiny_model(), {**CHAT, "max_tokens": 40, "temperature": 1, "seed": 3}
+    answers = []
+    for _ in range(2):
+        with running(model, tmp_path) as address:
+            answers.append(http.post(f"{address}/v1/chat/completions", json=asked).json()["choices"])
+            text = http.get(f"{address}/metrics").text
+        model.draft_with(tiny_model())
+    assert answers[0] == answers[1]
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    drafted, accepted = (
+        int(values[f'vllm:spec_decode_num_{kind}_tokens_total{{model_name="tiny",engine="0"}}'])
+        for kind in ("draft", "accepted")
+    )
+    # The first draft is always tried; how many follow is decided by what it cost.
+    assert 2 <= accepted <= drafted
+
+
 def test_the_text_format() -> None:
     counter = Counter("c", "help")
     counter.add(2, path='a"b\\c\nd')

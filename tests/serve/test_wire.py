@@ -85,7 +85,9 @@ def test_completions_refuse_what_makes_no_sense() -> None:
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ["a"] * 200, "n": 2}, "at most 256"),
         ({"suffix": "end"}, "suffix is not supported"),
-        ({"best_of": 3}, "best_of is not supported"),
+        ({"best_of": 3, "n": 4}, "must be at most best_of"),
+        ({"best_of": 3, "stream": True}, "best_of takes no stream"),
+        ({"prompt": ["a"] * 90, "best_of": 3}, "at most 256"),
     ):
         assert words in refusal(CompletionRequest, {**base, **change}).message
 

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ownlm.artifact import Workspace
 from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.reading import Found, joined_entities
+from ownlm.models.adapters import LoRA
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
 from ownlm.models.weights import save_model
@@ -53,14 +57,14 @@ def encoder(tmp_path: Path) -> Path:
     return folder
 
 
-def tuned(tmp_path: Path, base: Path, source: ExamplesSource, steps: int = 40) -> Model:
+def tuned(tmp_path: Path, base: Path, source: ExamplesSource, steps: int = 40, **fields: Any) -> Model:
     workspace = Workspace(tmp_path / "home")
     collect(DocumentsRecipe(name="examples", source=source, validation_share=0.2, test_share=0), workspace, QUIET)
     recipe = FinetuneRecipe(
         name="tuned", checkpoint=str(base), documents="examples", task=source.task, context=64, batch_tokens=512,
-        steps=steps, optimizer=FAST, precision="fp32", validate_every=None, checkpoint_every=None,
+        steps=steps, optimizer=FAST, precision="fp32", validate_every=None, checkpoint_every=None, **fields,
     )  # fmt: skip
-    model = load(finetune(recipe, workspace, QUIET).path)
+    model = load(finetune(recipe, workspace, QUIET).ref, workspace=workspace)
     assert isinstance(model, Model)
     return model
 
@@ -94,13 +98,56 @@ def test_tokens_from_conll(kind: str, tmp_path: Path, request: pytest.FixtureReq
     assert (found.text, found.label, found.start, found.end) == ("Bob Ray", "name", 4, 11)
 
 
-def test_answers_are_stretches_of_the_context(tmp_path: Path, encoder: Path) -> None:
+@pytest.mark.parametrize("kind", ["encoder", "base"])
+def test_an_adapter_brings_its_head(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Unmerged it says what the merged one says, to the same labels; in a folder by itself too, and as PEFT's users leave it: without
+    names for the labels. Evaluation takes it by its name."""
+    folder = request.getfixturevalue(kind)
+    lines = [f"x{n}\tO\nBob\tB-name\nRay\tI-name\n" for n in range(30)]
+    (tmp_path / "t.conll").write_text("\n".join(lines), encoding="utf-8")
+    source = ExamplesSource(task="tokens", train=str(tmp_path / "t.conll"))
+    lora = LoRA(rank=4, targets="all-linear")
+    merged = tuned(tmp_path, folder, source, steps=30, lora=lora, merge=True)
+    model = tuned(tmp_path, folder, source, steps=30, lora=lora)
+    workspace, text = Workspace(tmp_path / "home"), "x99 Bob Ray"
+    adapter = workspace.open("tuned", kind="adapter")
+    assert json.loads(adapter.file("head.json").read_text())["id2label"] == {"0": "O", "1": "B-name", "2": "I-name"}
+    assert json.loads(adapter.file("adapter_config.json").read_text())["task_type"] == "TOKEN_CLS"
+    ids = [model.tokenizer.encode(text)]
+
+    def said(one: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = one.decoder.head(one.decoder(torch.tensor(ids)))
+        return found
+
+    assert (found := model.entities(text))[0].text == "Bob Ray"
+    assert [entity.label for entity in found] == ["name"]
+    assert (said(model) - said(merged)).abs().max() < 1e-5
+    assert model.headed.labels == merged.headed.labels
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (alone / name).write_bytes(adapter.file(name).read_bytes())
+    unnamed = load(folder, adapter=alone)
+    assert isinstance(unnamed, Model)
+    assert unnamed.headed.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert torch.equal(said(unnamed), said(model))
+    scores = EvaluateRecipe(name="scores", checkpoint="tuned", documents="examples")
+    assert evaluate(scores, workspace, QUIET).facts["scores"]["examples entity F1"]["value"] == 1.0
+    (alone / "head.json").write_text('{"architectures": ["NothingForTokenClassification"], "id2label": ["a"]}')
+    with pytest.raises(UserError, match=r"head.json: id2label must name each class"):
+        load(folder, adapter=alone)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "base"])
+def test_answers_are_stretches_of_the_context(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     lines = [
         f'{{"question": "who", "context": "it is {name}", "answers": ["{name}"]}}'
         for name in ("Ann", "Bo", "Cy", "Di", "Ed")
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    model = tuned(tmp_path, encoder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
+    folder = request.getfixturevalue(kind)
+    model = tuned(tmp_path, folder, ExamplesSource(task="answer", train=str(tmp_path / "t.jsonl")), steps=5)
     found = model.answer("who", "it is Flo")
     assert isinstance(found, Found)
     assert "it is Flo"[found.start : found.end] == found.text

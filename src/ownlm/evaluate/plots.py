@@ -1,4 +1,4 @@
-"""Pictures of a report as SVG text: a loss curve, skills as bars, a reliability diagram.
+"""Pictures of a report as SVG text: a loss curve, skills as bars, a reliability diagram, a roofline.
 
 They stand alone as files and inside a page, follow the reader's light or dark preference, need no script and no font
 from elsewhere, and say in <title> and <desc> what they show. All text is escaped.
@@ -50,6 +50,16 @@ class Curve:
     name: str
     train: Sequence[Point]
     validation: Sequence[Point] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """A point under a roof: operations for each byte that is read, and operations a second. A `faint` one is of the second kind."""
+
+    label: str
+    intensity: float
+    speed: float
+    faint: bool = False
 
 
 def skills(bars: Sequence[Bar], title: str = "Accuracy per skill") -> str:
@@ -162,6 +172,57 @@ def reliability(bins: Sequence[Bin], error: float, title: str = "Reliability") -
         parts.append(_text(side + 250, line, f"{bin.n:,}", "small", "end"))
     told = "; ".join(f"confidence {bin.confidence:.2f}: {bin.accuracy:.2f} right of {bin.n}" for bin in bins)
     return _svg(f"reliability-{_slug(title)}", title, told, height, parts)
+
+
+def roofline(
+    points: Sequence[Measure], *, memory: float, products: float, kind: str, kinds: tuple[str, str] = ("step", "engine")
+) -> str:
+    """Measured points under the two roofs of a machine: bytes a second of its memory, operations a second of products of `kind`."""
+    height, left, right, top, bottom = 400, 70, 24, 64, 348
+    ridge = products / memory
+    near = [point.intensity for point in points] + [ridge]
+    speeds = [point.speed for point in points] + [products]
+    low_x, high_x = math.floor(math.log10(min(near))), math.ceil(math.log10(max(near)) + 0.1)
+    low_y, high_y = math.floor(math.log10(min(speeds))), math.ceil(math.log10(max(speeds)) + 0.1)
+    x: Scale = lambda value: left + (math.log10(value) - low_x) / (high_x - low_x) * (WIDTH - left - right)
+    y: Scale = lambda value: bottom - (math.log10(value) - low_y) / (high_y - low_y) * (bottom - top)
+    parts = [_text(0, 26, "Under the roofs of this machine", size=15, weight=600)]
+    for place, name, shape in ((WIDTH - 190, kinds[0], "ring"), (WIDTH - 84, kinds[1], "dot")):
+        parts.append(_circle(place, 21, 4.5, shape) + _text(place + 12, 25, name, "soft small"))
+    for power in range(low_x, high_x + 1):
+        parts.append(_line(x(10.0**power), top, x(10.0**power), bottom, "grid"))
+        parts.append(_text(x(10.0**power), bottom + 20, _number(10.0**power), "soft small", "middle"))
+    for power in range(low_y, high_y + 1):
+        parts.append(_line(left, y(10.0**power), WIDTH - right, y(10.0**power), "grid"))
+        parts.append(_text(left - 10, y(10.0**power) + 4, _operations(10.0**power), "soft small", "end"))
+    start = max(10.0**low_x, 10.0**low_y / memory)  # where the slope of the memory enters the frame
+    roof = [(x(start), y(start * memory)), (x(ridge), y(products)), (WIDTH - right, y(products))]
+    parts.append(_path(roof, "one"))
+    parts.append(
+        _text(WIDTH - right, y(products) - 8, f"{kind} products, {_operations(products)}", "soft small", "end")
+    )
+    parts.append(_text(x(ridge) - 14, y(products) - 8, f"memory, {memory / 1e9:.1f} GB/s", "soft small", "end"))
+    for point in points:
+        parts.append(_circle(x(point.intensity), y(point.speed), 4.5, "dot" if point.faint else "ring"))
+        if not point.faint:
+            beside = x(point.intensity) < WIDTH - right - 150
+            at = x(point.intensity) + (9 if beside else -9)
+            parts.append(_text(at, y(point.speed) + 16, point.label, "small", "start" if beside else "end"))
+    parts.append(_text(0, top - 16, "operations a second", "soft small"))
+    parts.append(_text(WIDTH - right, bottom + 40, "operations for each byte read", "soft small", "end"))
+    told = "; ".join(
+        f"{point.label} ({kinds[int(point.faint)]}) {_operations(point.speed)} at {point.intensity:.1f} a byte"
+        for point in points
+    )
+    return _svg("roofline", "Roofline", told, height, parts)
+
+
+def _operations(speed: float) -> str:
+    """_operations(4.5e11) == "450 GOP/s"."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if speed >= unit:
+            return f"{speed / unit:.3g} {name}OP/s"
+    return f"{speed:.3g} OP/s"
 
 
 def _svg(name: str, title: str, told: str, height: float, parts: Sequence[str]) -> str:

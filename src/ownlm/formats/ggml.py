@@ -24,6 +24,7 @@ from ownlm.errors import UserError
 from ownlm.gguf import LAYOUTS
 
 Decoder: TypeAlias = Callable[[Tensor], Tensor]
+Whole: TypeAlias = tuple[Tensor, Tensor]  # scales (N, 1) float32 and whole numbers (N, G) int8
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 CHUNK = 2**18  # numbers decoded or encoded at a time: what is in between stays in the processor's cache
 
@@ -39,6 +40,25 @@ class Blocks:
     raw: Tensor
     shape: tuple[int, ...]
     give_back: Callable[[int], None] = lambda done: None
+
+    @property
+    def size(self) -> int:
+        """Bytes of a block."""
+        return LAYOUTS[self.type].size
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice) -> "Blocks":
+        """Entries of the first dimension: one, or a run of them."""
+        chosen = self.raw.view(len(self), -1)[rows]
+        shape = self.shape[1:] if isinstance(rows, int) else (len(chosen), *self.shape[1:])
+        return Blocks(self.type, chosen.flatten(), shape)
+
+    def by_row(self, change: Callable[[Tensor], Tensor]) -> "Blocks":
+        """The same with the rows of a matrix (O, …) changed: put into another order, padded with rows of zeros."""
+        rows = change(self.raw.view(len(self), -1))
+        return Blocks(self.type, rows.flatten(), (len(rows), *self.shape[1:]))
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Its numbers; a view of the bytes where they are plain and of that dtype already. UserError: a type that can't be
@@ -119,7 +139,11 @@ def _five(high: Tensor, low: Tensor) -> Tensor:
 
 def q5_0(raw_NS: Tensor) -> Tensor:
     """d:2  fifth bits:4  q:16     x = d (q - 16)"""
-    return _scaled(_half(raw_NS[:, :2]), _five(raw_NS[:, 2:6], raw_NS[:, 6:]).view(torch.int8) - 16)
+    return _scaled(*_whole_q5_0(raw_NS))
+
+
+def _whole_q5_0(raw_NS: Tensor) -> Whole:
+    return _half(raw_NS[:, :2]), _five(raw_NS[:, 2:6], raw_NS[:, 6:]).view(torch.int8) - 16
 
 
 def q5_1(raw_NS: Tensor) -> Tensor:
@@ -134,13 +158,20 @@ def q8_0(raw_NS: Tensor) -> Tensor:
 
 def iq4_nl(raw_NS: Tensor) -> Tensor:
     """d:2  q:16     x = d IQ4_NL[q]"""
-    return _scaled(_half(raw_NS[:, :2]), _looked_up(IQ4_NL, _bits(raw_NS[:, 2:], 4, span=16)))
+    return _scaled(*_whole_iq4_nl(raw_NS))
+
+
+def _whole_iq4_nl(raw_NS: Tensor) -> Whole:
+    return _half(raw_NS[:, :2]), _looked_up(IQ4_NL, _bits(raw_NS[:, 2:], 4, span=16))
 
 
 def mxfp4(raw_NS: Tensor) -> Tensor:
     """e:1  q:16     x = 2^(e - 128) FP4[q]; an e of 0 counts as a half of 1"""
-    exponent = raw_NS[:, :1].float() - 128
-    return _scaled(torch.exp2(exponent), _looked_up(FP4, _bits(raw_NS[:, 1:], 4, span=16)))
+    return _scaled(*_whole_mxfp4(raw_NS))
+
+
+def _whole_mxfp4(raw_NS: Tensor) -> Whole:
+    return torch.exp2(raw_NS[:, :1].float() - 128), _looked_up(FP4, _bits(raw_NS[:, 1:], 4, span=16))
 
 
 def _looked_up(table: tuple[int, ...], q_NG: Tensor) -> Tensor:
@@ -210,5 +241,8 @@ DECODERS: dict[str, Decoder] = {
     "Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "Q8_0": q8_0, "Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k,
     "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_NL": iq4_nl, "IQ4_XS": iq4_xs, "MXFP4": mxfp4,
 }  # fmt: skip
+
+# Types whose numbers are whole ones times one scale for a block of 32.
+WHOLE: dict[str, Callable[[Tensor], Whole]] = {"Q5_0": _whole_q5_0, "IQ4_NL": _whole_iq4_nl, "MXFP4": _whole_mxfp4}
 
 assert all(CHUNK % LAYOUTS[type].block == 0 for type in DECODERS)

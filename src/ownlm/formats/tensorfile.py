@@ -6,7 +6,6 @@ The format carries no checksum (artifacts hash the whole file); what can be chec
 and free of duplicate names, and the tensors fill the file exactly. Format: github.com/huggingface/safetensors, README.
 """
 
-import contextlib
 import errno
 import json
 import math
@@ -134,34 +133,41 @@ def _entry(name: str, value: Any, base: int) -> Entry:
     return Entry(dtype, shape, base + start, base + end)
 
 
-def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor, Callable[[int], None]]]:
-    """(name, tensor, give_back) in file order: the tensor as a view of the mapped file; use (copy) it before asking for the
-    next. `give_back(rows)` says that so many of its rows were copied, so that a large one is never in memory twice."""
-    mapped, page = _map(path, entries), mmap.PAGESIZE
+class Mapped:
+    """A file of tensors as a part of memory: its bytes are read when they are first looked at, and the file must stay as it is for as
+    long as a tensor lives."""
 
-    def free(start: int, end: int) -> None:
-        """Give whole pages back, so that the file does not stay in memory beside its copy."""
-        first, last = -(-start // page) * page, end // page * page
+    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+        self.entries, self._map = entries, _map(path, entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file. What is written to it stays in this process."""
+        return _view(self._map, self.entries[name])
+
+    def give_back(self, start: int = 0, end: int | None = None) -> None:
+        """Whole pages of these bytes (of all), so that the file does not stay in memory beside what was made of it. What was written
+        to them is lost."""
+        page = mmap.PAGESIZE
+        first, last = -(-start // page) * page, len(self._map) if end is None else end // page * page
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
-    with contextlib.closing(mapped):
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
-            tensor = _view(mapped, entry)
+    def stream(self) -> Iterator[tuple[str, Tensor, Callable[[int], None]]]:
+        """(name, tensor, give_back) in file order: use (copy) the tensor before asking for the next. `give_back(rows)` says that so
+        many of its rows were copied, so that a large one is never in memory twice."""
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
 
             def give_back(rows: int, entry: Entry = entry) -> None:
-                free(entry.start, entry.start + (entry.end - entry.start) * min(rows, entry.shape[0]) // entry.shape[0])
+                size, count = entry.end - entry.start, entry.shape[0]
+                self.give_back(entry.start, entry.start + size * min(rows, count) // count)
 
-            yield name, tensor, give_back
-            del tensor
-            free(entry.start, entry.end)
+            yield name, self.tensor(name), give_back
+            self.give_back(entry.start, entry.end)
 
 
-def map_tensors(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Every tensor as a view of the mapped file: its bytes are read when they are first looked at, and the file must stay as it is
-    for as long as a tensor lives."""
-    mapped = _map(path, entries)
-    return {name: _view(mapped, entry) for name, entry in entries.items()}
+def read_tensors(path: Path, entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor, Callable[[int], None]]]:
+    """`Mapped.stream` of a file."""
+    return Mapped(path, entries).stream()
 
 
 def _map(path: Path, entries: Mapping[str, Entry]) -> mmap.mmap:

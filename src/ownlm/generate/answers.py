@@ -1,7 +1,8 @@
 """From settings to a Completion: what every kind of model that writes shares."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,12 @@ class Answer:
             finish_reason=self.finish_reason,
             prompt_tokens=prompt_tokens,
         )
+
+
+def best(logprobs: Sequence[Sequence[float]], n: int) -> list[int]:
+    """Which n answers have the highest mean log-probability per token, best first; one without tokens comes last."""
+    means = [sum(each) / len(each) if each else -math.inf for each in logprobs]
+    return sorted(range(len(means)), key=lambda index: -means[index])[:n]
 
 
 def as_sampling(sampling: Sampling | None, fields: Mapping[str, Any]) -> Sampling:

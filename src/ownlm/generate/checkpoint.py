@@ -10,17 +10,21 @@ from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
 from ownlm.generate.parallel import Ranks
-from ownlm.kernels import library
+from ownlm.kernels import library, native
+from ownlm.kernels.linear import accelerate
 from ownlm.models import peft
 from ownlm.models.adapters import merge
 from ownlm.models.coded import is_quantised
+from ownlm.models.tuning import with_head_of
+from ownlm.models.unread import Unread, open_unread
 from ownlm.models.weights import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files; `merged` says that an adapter
-    has changed the weights; of a model that is split, the module is the first part and `ranks` are the processes."""
+    has changed the weights; where there is an `unread`, `module` has no weights yet; of a model that is split it is the first part, and
+    `ranks` are the processes."""
 
     module: Any
     path: Path
@@ -28,6 +32,7 @@ class Checkpoint:
     ref: str
     digest: str
     merged: bool
+    unread: Unread | None = None
     ranks: Ranks | None = None
 
 
@@ -38,15 +43,16 @@ def open_checkpoint(
     workspace: Workspace,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    codes: bool = False,
+    for_kernels: bool = False,
     tensor_parallel: int = 1,
 ) -> Checkpoint:
     """The checkpoint of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. An adapter comes
     with its base.
 
-    adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
-    dtype    of the weights; None: as they are stored (float32 after a merge)
-    codes    leave a quantised one in its integers where the native kernels can run them and nothing is merged
+    adapter          another adapter to merge into the model: a reference, or a directory in PEFT's format
+    dtype            of the weights; None: as they are stored (float32 after a merge)
+    for_kernels      leave a decoder's weights in its files, quantised ones in their integers, where the native kernels can take them
+                     from there and nothing is merged; of other quantised models the layers are on the kernels
     tensor_parallel  processes that the model is split over
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
@@ -74,11 +80,23 @@ def open_checkpoint(
         return Checkpoint(
             module=ranks.decoder, path=path, name=name, ref=full_ref, digest=digest, merged=False, ranks=ranks
         )
-    kept = codes and not adapters and torch.device(device).type == "cpu" and _runs_codes(path)
-    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=kept)
+    unread, native_here = None, for_kernels and not adapters and torch.device(device).type == "cpu"
+    if native_here:
+        unread = _unread(path, dtype or torch.float32)
+    if unread is not None:
+        if unread.note:
+            workspace.reporter.line(unread.note)
+        return Checkpoint(
+            module=unread.model, path=path, name=name, ref=full_ref, digest=digest, merged=False, unread=unread
+        )
+    codes = native_here and _has_layers_in_codes(path)
+    module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=codes)
+    if codes:
+        accelerate(module)
     for one in adapters:
-        in_folder = (Path(one) / peft.CONFIG).is_file()
-        peft.load_adapter(module, one if in_folder else workspace.open(one, kind="adapter").path)
+        folder = adapter_folder(one, workspace)[0]
+        module = with_head_of(module, folder)
+        peft.load_adapter(module, folder)
         merge(module)
     if adapters and dtype is not None:
         module.to(dtype)
@@ -87,8 +105,34 @@ def open_checkpoint(
     return Checkpoint(module=module, path=path, name=name, ref=full_ref, digest=digest, merged=bool(adapters))
 
 
-def _runs_codes(path: Path) -> bool:
+def adapter_folder(
+    ref: str | Path, workspace: Workspace, *, base_ref: str = "", base_digest: str = ""
+) -> tuple[Path, str]:
+    """Where the files of an adapter are, and its full reference: of an artifact, or of a folder in PEFT's format.
+
+    base_ref, base_digest  the checkpoint it is for, where that is known. An artifact of another base (the checkpoint that this one was
+                           quantised from is the same) is an ArtifactError.
+    """
+    path = Path(ref)
+    if (path / peft.CONFIG).is_file() and not (path / "manifest.json").is_file():
+        return path, str(ref)
+    adapter = workspace.open(ref, kind="adapter")
+    trained_on = adapter.manifest.inputs.get("checkpoint")
+    if base_digest and trained_on is not None and trained_on["digest"] != base_digest:
+        source = workspace.open(base_ref).manifest.inputs.get("checkpoint")
+        if source is None or source["digest"] != trained_on["digest"]:
+            raise ArtifactError(f"{adapter.ref} was trained on another base, {trained_on['ref']}.", where=base_ref)
+    return adapter.path, adapter.ref
+
+
+def _unread(path: Path, dtype: torch.dtype) -> Unread | None:
+    found = open_unread(path, dtype)
     # The library is looked for last: finding it may mean compiling it.
+    return found if found is not None and native.unsupported(found.model) is None else None
+
+
+def _has_layers_in_codes(path: Path) -> bool:
+    """True for a quantised directory of another kind than a decoder that writes, where there are kernels for its layers."""
     return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
 
 

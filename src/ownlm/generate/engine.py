@@ -25,18 +25,20 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.drafts import Costs
+from ownlm.generate.adapters import Adapter
+from ownlm.generate.drafter import Drafter
+from ownlm.generate.drafts import Costs, Draft
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pages import PagePool, page_keys
-from ownlm.generate.runners import Runner
+from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.text import StopText
 from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder
-from ownlm.models.rotary import is_long
 from ownlm.tokens.codec import Tokenizer
 
+ECHO_LOGITS = 2**26  # of a step, at most
 BLOCK, PIECE = 8, 64  # prompt tokens: that the kernels take together; of a piece that stops between layers, at most
 
 
@@ -44,11 +46,12 @@ class Engine:
     """Generates for many requests at once over the pages of one cache. For one thread; changes with every call.
 
     slots           answers that run at the same time; the rest waits: by priority, then the tenant with the fewest running
-                    answers, then by arrival
-    context         positions of a sequence: prompt and answer together
+                    answers, then the one whose turn was longest ago; a tenant's own by deadline, then by arrival
+    context         positions of a sequence, prompt and answer together; fewer where the runner's pages don't reach for so many
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
-    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact
+    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact, or with a drafter
+    drafter         a small model that writes such drafts
     """
 
     def __init__(
@@ -61,23 +64,27 @@ class Engine:
         prefill_tokens: int | None = None,
         runner: Runner | None = None,
         speculate: bool | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
         self.runner = runner or torch_runner(model, slots=slots, context=self.context)
         self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
         self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
-        assert self.pool.count * self.pool.size >= self.context, "a single answer must fit"
+        self.context = min(self.context, self.pool.count * self.pool.size)
         self.device = model.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.speculate = self.runner.exact if speculate is None else speculate
+        self.drafter = drafter
+        self.speculate = self.runner.exact or drafter is not None if speculate is None else speculate
         self.pace, self.costs = Pace(), Costs()
         self.underway: Row | None = None  # a piece of a prompt that is between two layers
         self.drafted_tokens = self.accepted_tokens = 0
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
+        self.turns: dict[str, int] = {}  # how many answers had been admitted when a tenant's last one was
+        self.clock = time.monotonic
 
     def add(
         self,
@@ -85,16 +92,25 @@ class Engine:
         sampling: Sampling,
         embeds_TD: Tensor | None = None,
         *,
+        adapter: Adapter | None = None,
         tenant: str = "",
         priority: int = 0,
+        deadline: float | None = None,
     ) -> int:
         """The id of a new request. Raises ContextTooLong or UserError, before anything runs. A form is built here, where
         `grammars` doesn't have it yet.
 
         embeds_TD: stands in for the embedding of the prompt's tokens, where images are among them.
+        adapter: what the answer is written with, beside the base; loaded for this engine's model.
         tenant: whose it is: nothing of the cache is shared between tenants. priority: smaller goes first.
+        deadline: seconds from now; an answer that isn't finished by then ends with what it has ("length"), a waiting one with
+        nothing.
         """
-        self.check(prompt, sampling)
+        self.check(prompt, sampling, adapter)
+        if sampling.beams > 1:
+            raise UserError(
+                "a search over beams has no events.", where="beams", cure="Use `Model.generate` or `answers`."
+            )
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
         room = self.context - len(prompt)
         stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
@@ -113,22 +129,25 @@ class Engine:
                 stop_text=StopText(sampling.stop),
                 matcher=None if sampling.form is None else self.grammars.matcher(sampling.form),
                 embeds_TD=embeds_TD,
+                adapter=adapter,
                 tenant=tenant,
                 priority=priority,
+                deadline=math.inf if deadline is None else self.clock() + deadline,
             )
-            for index in range(sampling.n)
+            for index in range(sampling.answers)
         )
         return request
 
-    def check(self, prompt: SequenceOf[int], sampling: Sampling) -> None:
-        """Raise ContextTooLong with the counts, or UserError for an empty prompt or a token the model doesn't have."""
+    def check(self, prompt: SequenceOf[int], sampling: Sampling, adapter: Adapter | None = None) -> None:
+        """Raise ContextTooLong with the counts, or UserError for an empty prompt, a token the model doesn't have or an adapter that
+        was loaded for another runner."""
+        if adapter is not None and not isinstance(adapter.weights, self.runner.adapter_form):
+            raise UserError(f"the adapter {adapter.name!r} was loaded for another runner.", cure="Load it again.")
         wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
         if len(prompt) + wanted > self.context:
-            raise ContextTooLong(len(prompt), wanted, self.context)
+            raise ContextTooLong(len(prompt), wanted, self.context, self.model.config.max_tokens)
         if not prompt:
             raise UserError("the prompt has no tokens.", where="prompt")
-        if sampling.beams > 1:
-            raise UserError("only encoder-decoders search over beams.", where="beams", cure="Leave beams out.")
         vocab_size = self.model.config.vocab_size
         wrong = next((id for id in prompt if not 0 <= id < vocab_size), None)
         if wrong is not None:
@@ -156,18 +175,27 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """The events of one step: a new token per running answer, or several where a draft came true."""
+        late = self._late()
         rows = self._schedule()
         logits = self._run(rows)
-        return self._commit(rows, logits)
+        return late + self._commit(rows, logits)
 
     # ---- schedule
+
+    def _late(self) -> list[Event]:
+        """The ends of answers whose time is up, before they cost another step."""
+        now = self.clock()
+        late = [each for each in (*self.running, *self.waiting) if each.deadline <= now]
+        self.waiting = [each for each in self.waiting if each.deadline > now]
+        return [self._cut_short(each) for each in late]
 
     def _schedule(self) -> list[Row]:
         """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
         rows: list[Row] = []
         writing = sorted((each for each in self.running if each.writing), key=lambda each: each.rank)
+        drafts = self._drafts(writing) if self.speculate else {}
         for sequence in writing:
-            self._add_row(rows, sequence, 1, self._draft(sequence, len(writing)))
+            self._add_row(rows, sequence, 1, drafts.get(sequence))
         budget = float(self.prefill_tokens)
         if rows and self.runner.exact:
             budget = min(budget, self.pace.prompt_tokens())
@@ -193,13 +221,22 @@ class Engine:
         if self.pool.size < self.context:
             reading = {each.request for each in self.running if not each.new_tokens and self._may_share(each)}
         able = [each for each in self.waiting if each.request not in reading]
-        return min(able, key=lambda each: (each.priority, running[each.tenant], each.rank), default=None)
+
+        def order(each: Sequence) -> tuple[int, int, int, tuple[int, int, int]]:
+            return each.priority, running[each.tenant], self.turns.get(each.tenant, -1), each.rank
+
+        first = min(able, key=order, default=None)
+        if first is None:
+            return None
+        # A deadline goes before one's own answers, never before those of others: everybody would have one.
+        equals = [each for each in able if (each.priority, each.tenant) == (first.priority, first.tenant)]
+        return min(equals, key=lambda each: (each.deadline, each.rank))
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let a waiting sequence run, on the pages its beginning shares; False while there are no pages for all it knows."""
         if self._may_share(sequence):
             # The last token is always computed: its logits choose the next.
-            sequence.keys = page_keys(sequence.known[:-1], self.pool.size, self._salt(sequence))
+            sequence.keys = page_keys(sequence.known[:-1], self.pool.size, salt(self.model, sequence))
             sequence.pages = self.pool.share(sequence.keys)
             del sequence.keys[len(sequence.pages) :]
             sequence.cached = len(sequence.pages) * self.pool.size
@@ -207,6 +244,7 @@ class Engine:
             self._give_back(sequence)
             return False
         self.reused_tokens += sequence.cached
+        self.turns[sequence.tenant] = max(self.turns.values(), default=0) + 1
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True
@@ -215,16 +253,20 @@ class Engine:
         """Only texts whose tokens say all of them; and an echo needs every token's logits."""
         return sequence.embeds_TD is None and not sequence.echoes
 
-    def _salt(self, sequence: Sequence) -> bytes:
-        """What must be equal besides the tokens: the tenant, and how positions turn in a text of this length."""
-        long = any(is_long(layer.rotary, len(sequence.known)) for layer in self.model.config.layers if layer.rotary)
-        return f"{int(long)}{sequence.tenant}".encode()
-
-    def _draft(self, sequence: Sequence, rows: int) -> list[int]:
-        """What this answer may say next, no longer than it may become."""
-        room = sequence.limit - sequence.new_tokens - 1
-        length = self.costs.length(rows, sequence.said.share) if self.speculate else 0
-        return sequence.said.find(sequence.known, min(length, room)) if length and room > 0 else []
+    def _drafts(self, writing: SequenceOf[Sequence]) -> dict[Sequence, Draft]:
+        """What these answers may say next, no longer than they may become: as they said it before, else as the small model would."""
+        drafts: dict[Sequence, Draft] = {}
+        for sequence in writing:
+            room, said = sequence.limit - sequence.new_tokens - 1, sequence.said
+            length = min(room, self.costs.length(len(writing), said.share))
+            better = self.drafter is not None and self.drafter.share(sequence).value > said.share.value
+            if length > 0 and not better and (tokens := said.find(sequence.known, length)):
+                drafts[sequence] = Draft(tokens, said.share)
+        if self.drafter is not None:
+            others = [each for each in writing if each not in drafts and each.limit - each.new_tokens > 1]
+            rows = len(writing) + sum(len(draft.tokens) for draft in drafts.values())
+            drafts |= self.drafter.drafts(others, rows, self.costs)
+        return drafts
 
     def _read(self, rows: list[Row], sequence: Sequence, budget: float, *, whole: bool) -> float:
         """Add as many tokens of a prompt as the budget allows, or a piece of it for as many layers; what that takes of the budget."""
@@ -252,16 +294,19 @@ class Engine:
         wanted = self.underway.wanted if stop == layers else 0
         return replace(self.underway, layers=range(start, stop), wanted=wanted)
 
-    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: SequenceOf[int] = ()) -> int:
+    def _add_row(self, rows: list[Row], sequence: Sequence, budget: int, draft: Draft | None = None) -> int:
         """Add a row of at most `budget` tokens and the draft; how many it reads: none where no page is left for it."""
         if sequence not in self.running or budget <= 0:
             return 0
+        if sequence.echoes:  # all of whose logits stand in memory at once
+            budget = min(budget, max(1, ECHO_LOGITS // self.model.config.vocab_size))
         tokens = sequence.known[sequence.cached : sequence.cached + budget]
-        if not self._grow(sequence, sequence.cached + len(tokens) + len(draft)):
+        guessed, share = ([], None) if draft is None else (draft.tokens, draft.share)
+        if not self._grow(sequence, sequence.cached + len(tokens) + len(guessed)):
             return 0
         completes = sequence.cached + len(tokens) == len(sequence.known)
-        wanted = len(tokens) if sequence.echoes else int(completes) + len(draft)
-        rows.append(Row(sequence, [*tokens, *draft], wanted, len(draft)))
+        wanted = len(tokens) if sequence.echoes else int(completes) + len(guessed)
+        rows.append(Row(sequence, [*tokens, *guessed], wanted, len(guessed), share))
         return len(tokens)
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
@@ -290,6 +335,8 @@ class Engine:
             self.underway = None
         self.pool.release(sequence.pages)
         sequence.pages, sequence.keys, sequence.cached = [], [], 0
+        if self.drafter is not None:
+            self.drafter.forget(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -364,9 +411,9 @@ class Engine:
             if came_true and not event.finish_reason:
                 row.sequence.cached += 1  # its key and value stand there already
                 foretold.append((row, logits_WV))
-            elif row.drafted:
+            elif row.share is not None:
                 accepted = place + came_true
-                row.sequence.said.learn(row.drafted, accepted)
+                row.share.learn(row.drafted, accepted)
                 self.drafted_tokens += row.drafted
                 self.accepted_tokens += accepted
         return events, foretold
@@ -384,18 +431,15 @@ class Engine:
 
     def _cut_short(self, sequence: Sequence) -> Event:
         text = sequence.stop_text.push(sequence.decode.finish()) + sequence.stop_text.flush()
-        self._release(sequence)
+        if sequence in self.running:
+            self._release(sequence)
         return Event(sequence.request, sequence.index, None, sequence.characters, text, "length")
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the pages that are full by now to those who begin alike."""
-        full = sequence.cached // self.pool.size
-        if full > len(sequence.keys) and sequence.embeds_TD is None:
-            sequence.keys = page_keys(
-                sequence.known[: full * self.pool.size], self.pool.size, self._salt(sequence), sequence.keys
-            )
-            for page, key in zip(sequence.pages, sequence.keys, strict=False):
-                self.pool.publish(page, key)
+        if sequence.cached // self.pool.size > len(sequence.keys) and sequence.embeds_TD is None:
+            read = sequence.known[: sequence.cached]
+            sequence.keys = self.pool.offer(read, sequence.pages, sequence.keys, salt(self.model, sequence))
 
     def _echo(self, row: Row, logits_WV: Tensor) -> None:
         """Add the log-probabilities of the prompt tokens that follow this row's tokens."""

@@ -29,7 +29,7 @@ from ownlm.models.decoder import Decoder
 from ownlm.models.shards import Shard, join
 from ownlm.models.weights import load_model
 
-OPEN, CLOSE, STEP, FORWARD, LOGITS = range(5)
+OPEN, CLOSE, STEP, COPY, FORWARD, LOGITS = range(6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,7 @@ def pack_step(runner: int, lines: Sequence[Line]) -> list[int]:
     numbers = [STEP, runner, len(lines)]
     for line in lines:
         assert line.embeds_TD is None, "a split model reads texts only"
+        assert line.adapter is None, "a split model goes without adapters"
         numbers += [len(line.tokens), line.start, len(line.pages), line.wanted, line.long, *line.tokens, *line.pages]
     return numbers
 
@@ -146,6 +147,9 @@ class Follower:
             del self.runners[next(rest)]
         elif kind == STEP:
             self.runners[next(rest)].compute(list(unpack_lines(rest)))
+        elif kind == COPY:
+            runner, page, onto = rest
+            self.runners[runner].copy(page, onto)
         elif kind == FORWARD:
             rows, width, positioned, *values = rest
             both = torch.tensor(values, device=self.model.device).view(-1, rows, width)

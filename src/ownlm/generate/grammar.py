@@ -79,6 +79,10 @@ class Matcher:
         self._mask = np.zeros(-(-vocab_size // 32), np.int32)
         self.vocab_size = vocab_size
 
+    def copy(self) -> "Matcher":
+        """Another one at the same place."""
+        return Matcher(self._state.deep_copy(), self.vocab_size)
+
     def allowed(self) -> Tensor:
         """(vocab_size,) bool: the tokens that may come next. Raises UserError where the form turns out too complex."""
         self._state.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)

@@ -1,145 +1,62 @@
-"""The public face of a model: load it, ask it, read its numbers.
+"""The public face of a model: ask it, read its numbers.
 
-    load("demo") ─► Model ── generate, stream ─► Engine (KV cache, sampling)
-                          └─ logits, hidden, score, embed ─► the plain forward that training uses
+    load("demo") (opening.py) ─► Model ── generate, stream ─► Engine (KV cache, sampling)
+                                       └─ logits, hidden, score, embed ─► the plain forward that training uses
 
 A prompt is a `str`, continued as raw text, or a list of messages, answered as a chat through the checkpoint's own template.
 Encoders (BERT) and models with another head than the vocabulary's read texts and write none: of those above, they have `hidden`
-and `embed`, and `logits` where there is a masked-LM head. What doesn't go from text to text comes as an object of its own (OPENERS).
+and `embed`, and `logits` where there is a masked-LM head.
 
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard, cast, overload
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate import asking
-from ownlm.generate.answers import Answer, as_sampling, plain
-from ownlm.generate.checkpoint import open_checkpoint
+from ownlm.generate import asking, beams
+from ownlm.generate.adapters import Adapter, Adapters, for_each
+from ownlm.generate.answers import Answer, as_sampling, best, plain
+from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
 from ownlm.generate.parallel import Ranks
+from ownlm.generate.prompts import Chat, Prompt, as_message, is_one
 from ownlm.generate.reading import Entity, Found, Headed
 from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
-from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
 from ownlm.generate.torch_runner import torch_runner
-from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.kernels import native
+from ownlm.kernels.sources import WeightsState, weights_state
 from ownlm.models.decoder import Decoder
-from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
-from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
 from ownlm.models.quantize import count_weights
-from ownlm.models.vision import VisionTower
-from ownlm.models.vision_language import VisionLanguage
-from ownlm.records import Completion, Message
-from ownlm.report import Reporter
+from ownlm.models.unread import Unread
+from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
-from ownlm.tokens.gguf import tokenizer_of
 
-Chat: TypeAlias = Sequence[Message | Mapping[str, Any]]
-Prompt: TypeAlias = str | Chat
-Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
-WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
-ROLES = ("system", "user", "assistant")
 SLOTS = 64
 CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the free memory, at most; a GPU has nothing else to do
+ANSWER_SHARE = 0.75  # of it, where a single answer needs more
+PACKED_SHARE = 0.5  # likewise
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
 
 
-def load(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
-) -> Loaded:
-    """The model of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. A `Model`, ready to
-    generate; for an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its
-    base.
-
-    adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
-    dtype    of the weights; None: on a CPU float32, the exact choice; elsewhere what `device.compute_dtype` names, the fast one
-    tensor_parallel  processes of this machine that the model is split over, one for each GPU
-    Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
-    """
-    workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
-    where = machine.torch_device(device)
-    found = open_checkpoint(
-        ref,
-        adapter=adapter,
-        workspace=workspace,
-        device=where,
-        dtype=dtype or (torch.float32 if where.type == "cpu" else machine.compute_dtype(where)),
-        codes=True,
-        tensor_parallel=tensor_parallel,
-    )
-    module = found.module
-    if type(module) not in OPENERS:
-        kind = module.hf["model_type"]
-        raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
-    about: dict[str, Any] = {"name": found.name, "ref": found.ref, "digest": found.digest}
-    if found.ranks is not None:
-        about["ranks"] = found.ranks
-    model: Loaded = OPENERS[type(module)](module, found.path, **about)
-    return model
-
-
-def load_writer(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
-) -> "Model | Seq2Seq":
-    """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype, tensor_parallel=tensor_parallel)
-    if not isinstance(model, Model | Seq2Seq):
-        raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
-    return model
-
-
-def load_decoder(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
-) -> "Model":
-    """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(
-        ref, adapter=adapter, workspace=workspace, device=device, dtype=dtype, tensor_parallel=tensor_parallel
-    )
-    if not isinstance(model, Model):
-        raise UserError(
-            "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
-            where=str(ref),
-            cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
-        )
-    return model
-
-
 class Model:
-    """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time."""
+    """A decoder or an encoder, and its tokenizer. `slots` bounds how many answers are generated at the same time.
+
+    kv  how engines made from now on keep keys and values: "f32", "bf16", or "int8" in half the memory of bf16; None: f32 beside
+        float32 weights, else bf16. Only the native kernels have a choice.
+    """
 
     def __init__(
         self,
@@ -150,14 +67,19 @@ class Model:
         ref: str = "",
         digest: str = "",
         slots: int = SLOTS,
+        kv: native.KV | None = None,
         sight: Sight | None = None,
+        unread: Unread | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """`sight` reads the images of a chat; `ranks` are the processes that the decoder is split over."""
-        self.decoder, self.tokenizer, self.sight, self.ranks = decoder.eval(), tokenizer, sight, ranks
+        """`sight` reads the images of a chat. `unread` has the weights of a decoder that comes without; `ranks` are the processes that it
+        is split over."""
+        self.shapes, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
+        self._unread, self.ranks = unread, ranks
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
-        self.slots = slots
+        self.slots, self.kv = slots, kv
+        self.draft: Model | None = None
         self.lock = threading.RLock()
         self._engine: Engine | None = None
         self._native: native.NativeDecoder | None = None
@@ -166,21 +88,37 @@ class Model:
         self._events: dict[int, deque[Event]] = {}
 
     @property
+    def decoder(self) -> Decoder | Encoder:
+        """The modules. Where only the kernels had their weights so far, a copy is read now and kept. (`shapes` has the same config,
+        maybe without weights.)"""
+        with self.lock:
+            if self._unread is not None:
+                self.shapes, self._unread = self._unread.read(), None
+                # The packed copy and the cache, where they are there, are of these very weights.
+                self._packed = self._engine_state = weights_state(self.shapes)
+            return self.shapes
+
+    @decoder.setter
+    def decoder(self, module: Decoder | Encoder) -> None:
+        with self.lock:
+            self.shapes, self._unread = module.eval(), None
+
+    @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_tokens
+        return self.shapes.config.max_tokens
 
     @property
     def num_parameters(self) -> int:
         if self.ranks is not None:
             return self.ranks.num_parameters
-        return count_weights(self.decoder if self.sight is None else self.sight.model)
+        return count_weights(self.shapes if self.sight is None else self.sight.model)
 
     def writer(self) -> Decoder:
-        """The decoder. Raises UserError where this model can only read."""
-        if isinstance(self.decoder, Decoder) and self.decoder.task is None:
-            return self.decoder
-        has = "no head" if self.decoder.task is None else f"a head for {self.decoder.task!r}"
+        """The `shapes` of a decoder. Raises UserError where this model can only read."""
+        if isinstance(self.shapes, Decoder) and self.shapes.task is None:
+            return self.shapes
+        has = "no head" if self.shapes.task is None else f"a head for {self.shapes.task!r}"
         raise UserError(
             f"this model reads texts and writes none: its config names {has}.",
             where=self.name,
@@ -188,26 +126,71 @@ class Model:
         )
 
     def engine(self, slots: int | None = None) -> Engine:
-        """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
+        """A new engine over this model, its cache within a share of the free memory. Raises UserError: see `writer`."""
         decoder = self.writer()
         slots = max(1, slots or self.slots)
-        return Engine(decoder, self.tokenizer, slots=slots, runner=self._runner(decoder, slots))
+        runner, drafter = self._runner(decoder, slots), None
+        if self.draft is not None:
+            small = self.draft.writer()
+            drafter = Drafter(small, self.draft._runner(small, slots), context=self.context)
+        return Engine(decoder, self.tokenizer, slots=slots, runner=runner, drafter=drafter)
+
+    def draft_with(self, small: "Model | None") -> None:
+        """Let a small decoder write ahead from now on: the same text, sooner where that pays. Raises UserError: another vocabulary."""
+        if small is not None:
+            self.writer()
+            check_vocabulary(self.tokenizer, small.tokenizer, small.writer(), where=small.ref)
+        self.draft, self._engine = small, None
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """What waits beside the model, to be chosen by `adapter=NAME`. UserError where nothing can: see `writer`."""
+        if self.sight is not None:
+            raise UserError("adapters of a model of images can only be merged.", where=self.name)
+        if self.ranks is not None:
+            raise UserError(
+                "a split model goes without adapters.", where=self.name, cure="Export the merged model, and split that."
+            )
+        return Adapters(self.writer(), self._kernels, name=self.name, ref=self.ref, digest=self.digest)
+
+    @property
+    def loaded_adapters(self) -> list[Adapter]:
+        """Those of `adapters`; none for a model that can have none."""
+        return self.adapters.all() if self.sight is None and self.ranks is None else []
+
+    def _kernels(self) -> native.NativeDecoder | None:
+        """The native kernels where they can run and there is memory for a packed copy of the weights; decided once for these weights."""
+        decoder = self.writer()
+        if self._packed != (state := weights_state(decoder)):
+            self._native, self._packed = None, state  # gone before another is made
+            room = machine.free_memory_bytes() * PACKED_SHARE
+            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < room:
+                lend = None if self._unread is None else self._unread.lend
+                self._native = native.NativeDecoder(decoder, lend=lend)
+        return self._native
 
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
-        """The native kernels where they can run and there is memory for a packed copy of the weights, else the modules."""
+        """The native kernels, or the modules: here, or split over processes."""
+        kernels = self._kernels() if self.ranks is None else None
         share = GPU_CACHE_SHARE if decoder.device.type == "cuda" else CACHE_SHARE
         room = int(machine.free_memory_bytes(decoder.device) * share)
+        if kernels is not None:
+            least, page_bytes = -(-self.context // native.PAGE), kernels.page_bytes(self.kv)
+            pages = min(slots * least, room // page_bytes)
+            if pages < least:  # then texts are shorter than the model would read, and none ends the process
+                pages = max(1, min(least, int(room / CACHE_SHARE * ANSWER_SHARE) // page_bytes))
+            return NativeRunner(kernels, decoder, pages=pages, kv=self.kv)
+        if self.kv is not None:
+            reason = native.unsupported(decoder) or "there is no memory for a packed copy of the weights"
+            raise UserError(
+                "only the native kernels keep keys and values as asked, and they don't run here: "
+                f"{reason if self.ranks is None else 'the model is split over processes'}.",
+                where=f"kv={self.kv}",
+                cure="Leave it out.",
+            )
         if self.ranks is not None:
             return self.ranks.runner(slots=slots, context=self.context, room=room)
-        if self._native is None or self._packed != weights_state(decoder):
-            self._native = None  # before another is made
-            if native.unsupported(decoder) is None and native.packed_bytes(decoder) < 2 * room:
-                self._native, self._packed = native.NativeDecoder(decoder), weights_state(decoder)
-        if self._native is not None:
-            least = -(-self.context // native.PAGE)
-            pages = max(least, min(slots * least, room // self._native.page_bytes()))
-            return NativeRunner(self._native, decoder, pages=pages)
-        return torch_runner(decoder, slots=slots, context=self.context, room=room)
+        return torch_runner(cast(Decoder, self.decoder), slots=slots, context=self.context, room=room)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""
@@ -216,7 +199,7 @@ class Model:
     def read(self, prompt: Prompt) -> Reading:
         """The tokens a prompt becomes, and what stands in for their embedding where there are images."""
         if isinstance(prompt, str):
-            if isinstance(self.decoder, Encoder):
+            if isinstance(self.shapes, Encoder):
                 return Reading(self.tokenizer.document(prompt))
             # A document without its end token; a text of nothing stands where a new document begins.
             return Reading(self.tokenizer.document(prompt)[:-1] or [self.tokenizer.eos_id])
@@ -233,59 +216,97 @@ class Model:
         self, prompt: Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
     ) -> list[Completion]: ...
     def generate(
-        self, prompt: Prompt | Sequence[str] | Sequence[Chat], sampling: Sampling | None = None, **fields: Any
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Chat],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        **fields: Any,
     ) -> Completion | list[Completion]:
         """The completion of a prompt, or the completions of a list of prompts in their order.
 
+        adapter: of `adapters` the name of one, or of one for each prompt of a list (None: the model alone).
         Keywords are the fields of `Sampling`: max_tokens, temperature, top_k, top_p, seed, stop, … Greedy by default.
         Raises ContextTooLong, with the counts, before anything is generated.
         """
         settings = plain(as_sampling(sampling, fields))
         one = is_one(prompt)
         read = [self.read(each) for each in cast(Sequence[Prompt], [prompt] if one else prompt)]
-        rows = self.answers([each.ids for each in read], settings, [each.embeds_TD for each in read])
+        rows = self.answers([each.ids for each in read], settings, [each.embeds_TD for each in read], adapter)
         answers = [row[0] for row in rows]
         return answers[0] if one else answers
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, embeds: Sequence[Tensor | None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        embeds: Sequence[Tensor | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[list[Completion]]:
         """The `sampling.n` completions of each prompt, given as tokens. A thousand prompts run as full batches.
 
-        embeds: for each prompt what stands in for the embedding of its tokens, or None.
+        embeds: for each prompt what stands in for the embedding of its tokens, or None. adapter: as in `generate`.
         """
-        engine = self.engine(min(self.slots, len(prompts) * sampling.n))
+        chosen = [None if name is None else self.adapters[name] for name in for_each(adapter, len(prompts))]
+        engine = self.engine(max(sampling.beams, min(self.slots, len(prompts) * max(sampling.answers, sampling.beams))))
+        if sampling.beams > 1:
+            if any(one is not None for one in chosen):
+                raise UserError(
+                    "a search over beams goes without adapters.", where="adapter", cure="Merge the adapter."
+                )
+            searched = beams.search(engine, prompts, sampling, embeds)
+            return [
+                [one.completion(self.tokenizer, prompt) for one in found]
+                for prompt, found in zip(prompts, searched, strict=True)
+            ]
         for prompt in prompts:
             engine.check(prompt, sampling)
         # Neighbours of equal length waste no padding, and answers of one batch then end at about the same time.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        requests = {engine.add(prompts[index], sampling, embeds[index] if embeds else None): index for index in order}
-        results: list[list[Answer]] = [[Answer() for _ in range(sampling.n)] for _ in prompts]
+        given = embeds or [None] * len(prompts)
+        requests = {engine.add(prompts[at], sampling, given[at], adapter=chosen[at]): at for at in order}
+        results: list[list[Answer]] = [[Answer() for _ in range(sampling.answers)] for _ in prompts]
         while not engine.idle:
             for event in engine.step():
                 results[requests[event.request]][event.index].add(event)
+        if sampling.answers > sampling.n:
+            results = [[row[at] for at in best([one.logprobs for one in row], sampling.n)] for row in results]
         return [
             [answer.completion(len(prompt)) for answer in row] for prompt, row in zip(prompts, results, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Generator[str, None, None]:
-        """The pieces of the completion's text, as they come. Closing the iterator cancels the rest."""
-        read = self.read(prompt)
-        for event in self.events(read.ids, plain(as_sampling(sampling, fields)), read.embeds_TD):
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | None = None, **fields: Any
+    ) -> Generator[str, None, None]:
+        """The pieces of the completion's text, as they come; of the best of several (`best_of`, `beams`) the whole, known at the end only.
+        Closing the iterator cancels the rest. adapter: as in `generate`."""
+        settings, read = plain(as_sampling(sampling, fields)), self.read(prompt)
+        if settings.answers > 1 or settings.beams > 1:
+            yield self.generate(prompt, settings, adapter=adapter).text
+            return
+        for event in self.events(read.ids, settings, read.embeds_TD, adapter):
             if event.text:
                 yield event.text
 
-    def events(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> Iterator[Event]:
-        """The engine's events for one prompt. Several may be open at once: they share one engine and one batch."""
+    def events(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        embeds_TD: Tensor | None = None,
+        adapter: str | None = None,
+    ) -> Iterator[Event]:
+        """The engine's events for one prompt, of all answers that are written. Several may be open at once: they share one engine
+        and one batch."""
+        chosen = None if adapter is None else self.adapters[adapter]
         with self.lock:
-            state = weights_state(self.decoder)
+            state = weights_state(self.shapes)
             # Also what the cache holds of earlier prompts is of the weights it was made with.
             if self._engine is None or (self._engine.idle and self._engine_state != state):
                 self._engine, self._engine_state = self.engine(min(self.slots, 8)), state
             engine = self._engine
-            request = engine.add(prompt, sampling, embeds_TD)
+            request = engine.add(prompt, sampling, embeds_TD, adapter=chosen)
             queue = self._events[request] = deque()
-        open_answers = sampling.n
+        open_answers = sampling.answers
         try:
             while open_answers:
                 with self.lock:
@@ -308,7 +329,7 @@ class Model:
 
         `mask` is True for real tokens. Raises UserError where there is no head for it.
         """
-        if self.decoder.task != "masked_lm":
+        if self.shapes.task != "masked_lm":
             self.writer()
         return self.decoder.logits(self._forward(ids, mask)).float()
 
@@ -329,7 +350,7 @@ class Model:
     @torch.inference_mode()
     def embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """`embed` for texts that are tokens already. Raises ContextTooLong."""
-        rows = torch.empty(len(ids), self.decoder.config.hidden_size)
+        rows = torch.empty(len(ids), self.shapes.config.hidden_size)
         kind, normalize = self.pooling.kind, self.pooling.normalize
         for chosen, hidden_BTD in self._batches(ids):
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
@@ -363,8 +384,10 @@ class Model:
 
     def answer(self, question: str, context: str, **fields: Any) -> Found | Completion:
         """The stretch of `context` that answers, by a span head; without one, what the model writes when asked."""
-        if self.decoder.task is None and isinstance(self.decoder, Decoder):
+        if self.shapes.task is None and isinstance(self.shapes, Decoder):
             return self._asked("answer", [context], fields, question=question)[0]
+        if fields:
+            raise UserError("a span head points and writes nothing.", where=", ".join(fields), cure="Leave it out.")
         return self.headed.answer(question, context)
 
     def translate(self, texts: Sequence[str], *, source: str, target: str, **fields: Any) -> list[Completion]:
@@ -392,7 +415,7 @@ class Model:
     @torch.inference_mode()
     def scores(self, pairs: Iterable[tuple[Prompt, str]]) -> list[tuple[float, ...]]:
         """`score` of many (prompt, continuation) pairs, in batches of similar length. Raises ContextTooLong."""
-        decoder = self.writer()
+        self.writer()
         split = [self.continuation_ids(prompt, continuation) for prompt, continuation in pairs]
         results: list[tuple[float, ...]] = [()] * len(split)
         # The last token predicts nothing that is asked for.
@@ -400,7 +423,7 @@ class Model:
             for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 prompt, rest = split[index]
                 first = len(prompt) - 1
-                logprobs_TV = decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
+                logprobs_TV = self.decoder.logits(hidden_TD[first : first + len(rest)]).float().log_softmax(-1)
                 ids_T = torch.tensor(rest, device=logprobs_TV.device)
                 results[index] = tuple(logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist())
         return results
@@ -450,50 +473,3 @@ class Model:
             return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
         positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
-
-
-def weights_state(module: torch.nn.Module) -> WeightsState:
-    """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
-    held = (*module.parameters(), *module.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)
-
-
-def as_message(message: Message | Mapping[str, Any]) -> Message:
-    """A Message from itself or from {"role": …, "content": …}. Raises UserError."""
-    if isinstance(message, Message):
-        return message
-    if set(message) != {"role", "content"} or message["role"] not in ROLES or not isinstance(message["content"], str):
-        raise UserError(
-            f"{dict(message)!r} is not a message.",
-            cure=f'A message is {{"role": one of {", ".join(ROLES)}, "content": text}}.',
-        )
-    return Message(role=cast(Any, message["role"]), content=message["content"])
-
-
-def is_one(prompt: Prompt | Sequence[str] | Sequence[Chat]) -> TypeGuard[Prompt]:
-    """True for a single prompt: a text, or a list of messages."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Message | Mapping))
-
-
-def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
-    return Model(module, tokenizer_of(path), **about)
-
-
-def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
-    return Seq2Seq(module, Tokenizer.load(path), **about)
-
-
-def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:
-    tokenizer = Tokenizer.load(path)
-    return Model(module.language, tokenizer, sight=Sight.load(module, path, tokenizer), **about)
-
-
-# What a loaded model comes as.
-OPENERS: dict[type, Callable[..., Loaded]] = {
-    Decoder: _text,
-    Encoder: _text,
-    EncoderDecoder: _rewriter,
-    VisionLanguage: _seeing,
-    DualTower: ImageText.load,
-    VisionTower: ImageClassifier.load,
-}

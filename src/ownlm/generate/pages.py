@@ -60,10 +60,24 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def hold(self, pages: Sequence[int]) -> list[int]:
+        """The same pages for one user more, of those that have one."""
+        for page in pages:
+            assert self.users[page], f"nobody uses page {page}"
+            self.users[page] += 1
+        return list(pages)
+
     def publish(self, page: int, key: bytes) -> None:
         """Let others share this full page. Where another page has the same content already, that one stays the known one."""
         if key not in self.page_of and page not in self.key_of:
             self.key_of[page], self.page_of[key] = key, page
+
+    def offer(self, tokens: Sequence[int], pages: Sequence[int], keys: Sequence[bytes], salt: bytes) -> list[bytes]:
+        """Publish the full pages of a text of which `tokens` are read; the keys of all of them (`keys` were known before)."""
+        keys = page_keys(tokens, self.size, salt, keys)
+        for page, key in zip(pages, keys, strict=False):
+            self.publish(page, key)
+        return keys
 
     def release(self, pages: Sequence[int]) -> None:
         """One user less for each. The last pages of a text are the first to go: its beginning is worth more."""

@@ -237,6 +237,7 @@ class ParallelRunner:
 
     exact = False
     layers = 1
+    adapter_form = type(None)
 
     def __init__(self, ranks: Ranks, local: TorchRunner) -> None:
         self.ranks, self.local = ranks, local
@@ -251,6 +252,10 @@ class ParallelRunner:
         lines = [self.local.line(row) for row in rows]
         with Together(self.ranks, follower.pack_step(self.number, lines)):
             return self.local.compute(lines)
+
+    def copy(self, page: int, onto: int) -> None:
+        with Together(self.ranks, [follower.COPY, self.number, page, onto]):
+            self.local.copy(page, onto)
 
 
 def _words(line: bytes) -> dict[str, Any]:

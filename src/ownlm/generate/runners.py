@@ -5,14 +5,17 @@ Shapes: W wanted tokens of a row, V vocabulary, B rows, T tokens, D hidden.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ownlm.generate.sequence import Row
+from ownlm.generate.sequence import Sequence as Writing
+from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
+from ownlm.models.adapters import Learned
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 
@@ -20,7 +23,8 @@ from ownlm.models.rotary import is_long
 class Runner(Protocol):
     """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
     more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
-    is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere."""
+    is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere.
+    adapter_form: what the weights of adapters are here; None's type where there can be none."""
 
     pages: int
     page_tokens: int
@@ -28,15 +32,30 @@ class Runner(Protocol):
     exact: bool
     layers: int
 
+    @property
+    def adapter_form(self) -> type[NativeAdapter] | type[Learned] | type[None]: ...
+
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
         ...
+
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        ...
+
+
+def salt(model: Decoder, sequence: Writing) -> bytes:
+    """What must be equal besides the tokens for two texts to share pages: adapter, tenant, and how positions turn in texts so long."""
+    long = any(is_long(layer.rotary, len(sequence.known)) for layer in model.config.layers if layer.rotary)
+    number = "" if sequence.adapter is None else sequence.adapter.number
+    return f"{int(long)}:{number}:{sequence.tenant}".encode()
 
 
 class NativeRunner:
     """The native kernels. `model` is asked for the embedding of tokens beside images."""
 
     exact = True
+    adapter_form = NativeAdapter
     page_tokens = PAGE
     prefill_tokens = 512
 
@@ -56,6 +75,9 @@ class NativeRunner:
         within = np.concatenate([np.arange(length) for length in lengths])
         wanted = within >= np.repeat([len(row.tokens) - row.wanted for row in rows], lengths)
         partial = rows[-1].layers
+        chosen = [row.sequence.adapter for row in rows]
+        adapters = list(dict.fromkeys(adapter for adapter in chosen if adapter is not None))
+        numbers = [-1 if adapter is None else adapters.index(adapter) for adapter in chosen]
         batch = Batch(
             token_R=np.fromiter((token for row in rows for token in row.tokens), np.int32, sum(lengths)),
             sequence_R=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
@@ -66,10 +88,15 @@ class NativeRunner:
             embeds_RD=self._embeds(rows),
             partial=0 if partial is None else lengths[-1],
             layers=partial or range(0),
+            adapter_R=np.repeat(np.array(numbers, np.int32), lengths) if adapters else None,
+            adapters=[cast(NativeAdapter, adapter.weights) for adapter in adapters],
         )
         logits_WV, _ = self.native.step(self.cache, batch)
         assert logits_WV is not None
         return list(torch.split(logits_WV, [row.wanted for row in rows]))
+
+    def copy(self, page: int, onto: int) -> None:
+        self.cache.copy(page, onto)
 
     def _is_long(self, row: Row) -> bool:
         return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)

@@ -26,6 +26,7 @@ from ownlm.kernels import choose
 
 MAX_TOP_LOGPROBS = 20
 MAX_BEAMS = 64
+MAX_ANSWERS = 4096  # to one prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,10 @@ class Sampling:
     logprobs     how many alternatives to report per token (0 reports the sampled token's log-probability only)
     echo         also report the log-probabilities of the prompt's tokens
     n            how many answers to the same prompt
+    best_of      so many are written, and the n of them with the highest mean log-probability are given, best first; None: n
     form         the answer is of this form: JSON of a schema, a regular expression, a grammar
-    beams        answers kept side by side while the likeliest is searched (encoder-decoders only; without temperature or stop)
+    beams        answers kept side by side while the likeliest is searched, and the n best given (without temperature, stop strings,
+                 penalties, forms; not over HTTP)
     length_penalty   of beams: an answer is worth the sum of its log-probabilities / its length ** length_penalty
     early_stopping   of beams: true: when `beams` answers are complete; false: when no open one, were it to end now, could still
                      beat them; "never": when none could at its best possible length
@@ -72,6 +75,7 @@ class Sampling:
     logprobs: int = 0
     echo: bool = False
     n: int = 1
+    best_of: int | None = None
     form: Form | None = None
     beams: int = 1
     length_penalty: float = 1.0
@@ -93,7 +97,11 @@ class Sampling:
             "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             "stop": (all(self.stop), "strings of at least one character"),
             "logprobs": (0 <= self.logprobs <= MAX_TOP_LOGPROBS, f"between 0 and {MAX_TOP_LOGPROBS}"),
-            "n": (self.n >= 1, "at least 1"),
+            "n": (1 <= self.n <= MAX_ANSWERS, f"between 1 and {MAX_ANSWERS:,}"),
+            "best_of": (
+                self.best_of is None or self.n <= self.best_of <= MAX_ANSWERS,
+                f"at least n and at most {MAX_ANSWERS:,}",
+            ),
             "beams": (1 <= self.beams <= MAX_BEAMS, f"between 1 and {MAX_BEAMS}"),
             "early_stopping": (self.early_stopping in (True, False, "never"), 'true, false or "never"'),
         }
@@ -102,10 +110,19 @@ class Sampling:
         ]
         if self.beams == 1 and (self.length_penalty != 1.0 or self.early_stopping is not False):
             faults.append("length_penalty and early_stopping are for several beams.")
-        if self.beams > 1 and (self.temperature > 0 or self.stop):
-            faults.append("A search over beams takes neither temperature nor stop strings.")
+        if self.beams > 1 and (self.temperature > 0 or self.stop or self.adjusts or self.form or self.best_of):
+            faults.append(
+                "A search over beams takes neither temperature nor stop strings, penalties, logit_bias, form or best_of."
+            )
+        if self.beams > 1 and self.n > self.beams:
+            faults.append(f"n must be at most beams, {self.beams}: the best of those that were searched are given.")
         if faults:
             raise UserError(" ".join(faults), where="sampling")
+
+    @property
+    def answers(self) -> int:
+        """How many answers to a prompt are written."""
+        return self.best_of or self.n
 
     @property
     def shapes(self) -> bool:

@@ -10,36 +10,26 @@ Shapes: B rows (answers, or answers x beams), S source tokens, V vocabulary.
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from ownlm.errors import UserError
 from ownlm.generate import asking
 from ownlm.generate.answers import Answer, as_sampling, plain
+from ownlm.generate.beams import Hypothesis, Search, continuations
 from ownlm.generate.sampling import MAX_BEAMS, Sampling, sample
 from ownlm.generate.sequence import Event
 from ownlm.generate.sequence import Sequence as Writing
 from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, Source
+from ownlm.models.quantize import count_weights
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 
 BATCH_TOKENS = 8192  # source tokens of one batch, padding and beams included
 BATCH_ROWS = MAX_BEAMS
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """An answer in the making: its tokens, their log-probabilities and the sum of those; `ended` by a stop token."""
-
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[float, ...] = ()
-    total: float = 0.0
-    ended: bool = False
 
 
 class Seq2Seq:
@@ -58,7 +48,7 @@ class Seq2Seq:
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_weights(self.model)
 
     def prompt_ids(self, text: str) -> list[int]:
         """The tokens of a source text, its end token included. Raises UserError for anything but a text."""
@@ -144,6 +134,8 @@ class Seq2Seq:
     def _limits(self, sampling: Sampling) -> tuple[int, frozenset[int]]:
         if sampling.form is not None:
             raise UserError("encoder-decoders write no answers of a given form.", where="form")
+        if sampling.answers > 1:
+            raise UserError("encoder-decoders write one answer to a text.", where="n, best_of", cure="Leave them out.")
         stops = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
         return sampling.max_tokens or self.model.config.max_tokens, stops
 
@@ -156,16 +148,7 @@ class Seq2Seq:
     def _searched(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         limit, stops = self._limits(sampling)
         found = beam_search(self.model, prompts, sampling, limit=limit, stop_ids=stops)
-        return [
-            Completion(
-                text=self.tokenizer.decode(best.tokens[:-1] if best.ended else best.tokens),
-                tokens=best.tokens,
-                logprobs=best.logprobs,
-                finish_reason="stop" if best.ended else "length",
-                prompt_tokens=len(prompt),
-            )
-            for best, prompt in zip(found, prompts, strict=True)
-        ]
+        return [best.completion(self.tokenizer, prompt) for best, prompt in zip(found, prompts, strict=True)]
 
 
 def batches(prompts: Sequence[Sequence[int]], beams: int) -> Iterator[list[int]]:
@@ -179,7 +162,7 @@ def batches(prompts: Sequence[Sequence[int]], beams: int) -> Iterator[list[int]]
 
 def read(model: EncoderDecoder, prompts: Sequence[Sequence[int]]) -> Source:
     """The sources, padded on the right. Raises UserError for a token the model doesn't have."""
-    vocab_size, device = model.config.vocab_size, model.head_weight.device
+    vocab_size, device = model.config.vocab_size, model.device
     wrong = next((id for prompt in prompts for id in prompt if not 0 <= id < vocab_size), None)
     if wrong is not None:
         raise UserError(f"{wrong} is not a token of this model (0 to {vocab_size - 1}).", where="prompt")
@@ -192,15 +175,14 @@ def read(model: EncoderDecoder, prompts: Sequence[Sequence[int]]) -> Source:
 
 
 def _cache(model: EncoderDecoder, rows: int, limit: int) -> KVCache:
-    weight = model.head_weight
-    return KVCache(model.config, slots=rows, max_tokens=limit, dtype=weight.dtype, device=weight.device)
+    return KVCache(model.config, slots=rows, max_tokens=limit, dtype=model.dtype, device=model.device)
 
 
 @torch.inference_mode()
 def write(model: EncoderDecoder, answers: Sequence[Writing]) -> Iterator[Event]:
     """The events of answers that are written side by side, greedily or sampled, each until it ends."""
     source = read(model, [answer.known for answer in answers])
-    limit, device = max(answer.limit for answer in answers), model.head_weight.device
+    limit, device = max(answer.limit for answer in answers), model.device
     cache = _cache(model, len(answers), limit)
     tokens_B1 = torch.full((len(answers), 1), model.config.start_token, device=device)
     for place in range(limit):
@@ -232,79 +214,28 @@ def beam_search(
     limit: int,
     stop_ids: frozenset[int],
 ) -> list[Hypothesis]:
-    """The best answer found for each source, of at most `limit` tokens.
-
-    At every step the likeliest continuations of a source's open answers are taken in order: those that end are complete if
-    they are among the first `beams`, and the first `beams` that don't end stay open.
-    """
-    count, device = sampling.beams, model.head_weight.device
-    # So many that `count` of them don't end, whatever the others do.
-    width = max(2, 1 + len(stop_ids)) * count
+    """The best answer found for each source, of at most `limit` tokens (beams.py)."""
+    count, device = sampling.beams, model.device
     source = read(model, prompts).rows(torch.arange(len(prompts), device=device).repeat_interleave(count))
     cache = _cache(model, len(prompts) * count, limit)
-    rows = list(range(len(prompts)))  # those whose search goes on
-    open_answers = [[Hypothesis()] + [Hypothesis(total=-1e9)] * (count - 1) for _ in prompts]
-    complete: list[list[tuple[float, Hypothesis]]] = [[] for _ in prompts]
+    # Equal beams at the beginning, of which all but one are worth nothing.
+    beginning = [Hypothesis()] + [Hypothesis(total=-1e9)] * (count - 1)
+    searches = [Search(sampling, limit, stop_ids, open=beginning) for _ in prompts]
+    going = searches  # those whose search goes on
     tokens_B1 = torch.full((len(prompts) * count, 1), model.config.start_token, device=device)
     for place in range(limit):
         logprobs_BV = model.logits(model.decode(tokens_B1, source, cache=cache, start=place)[:, -1]).log_softmax(-1)
-        going: list[int] = []
-        parents: list[int] = []
-        for position, (row, candidates) in enumerate(
-            zip(rows, _continuations(logprobs_BV, [open_answers[row] for row in rows], width), strict=True)
-        ):
-            kept: list[tuple[int, Hypothesis]] = []
-            for rank, (parent, token, logprob, total) in enumerate(candidates):
-                before = open_answers[row][parent]
-                ended = token in stop_ids
-                new = Hypothesis((*before.tokens, token), (*before.logprobs, logprob), total, ended)
-                if ended or place + 1 == limit:
-                    if rank < count:
-                        complete[row].append((_score(sampling, total, place + 1), new))
-                elif len(kept) < count:
-                    kept.append((position * count + parent, new))
-            complete[row] = sorted(complete[row], key=lambda scored: -scored[0])[:count]
-            if kept and _goes_on(sampling, kept[0][1].total, place + 1, limit, complete[row]):
-                going.append(position)
-                parents += [parent for parent, _ in kept]
-                open_answers[row] = [answer for _, answer in kept]
-        if not going:
+        open_: list[Search] = []
+        rows: list[int] = []
+        for position, (search, candidates) in enumerate(zip(going, continuations(logprobs_BV, going), strict=True)):
+            if parents := search.take(candidates):
+                open_.append(search)
+                rows += [position * count + parent for parent in parents]
+        if not open_:
             break
-        if len(going) < len(rows):
-            source = source.rows(torch.tensor(parents, device=device))
-            rows = [rows[position] for position in going]
-        cache.reorder(torch.tensor(parents, device=device), place + 1)
-        tokens_B1 = torch.tensor([answer.tokens[-1:] for row in rows for answer in open_answers[row]], device=device)
-    return [scored[0][1] for scored in complete]
-
-
-def _continuations(
-    logprobs_BV: Tensor, open_answers: Sequence[Sequence[Hypothesis]], width: int
-) -> Iterator[list[tuple[int, int, float, float]]]:
-    """For each source its `width` likeliest (open answer, next token, that token's log-probability, the sum), best first."""
-    count, vocab_size = len(open_answers[0]), logprobs_BV.shape[-1]
-    totals = torch.tensor([[answer.total for answer in row] for row in open_answers], device=logprobs_BV.device)
-    own = logprobs_BV.view(-1, count, vocab_size)
-    best = (own + totals[:, :, None]).flatten(1).topk(min(width, count * vocab_size))
-    own_logprobs = own.flatten(1).gather(1, best.indices)
-    for sums, places, logprobs in zip(best.values.tolist(), best.indices.tolist(), own_logprobs.tolist(), strict=True):
-        yield [
-            (place // vocab_size, place % vocab_size, logprob, total)
-            for place, logprob, total in zip(places, logprobs, sums, strict=True)
-        ]
-
-
-def _score(sampling: Sampling, total: float, length: int) -> float:
-    return total / float(length**sampling.length_penalty)
-
-
-def _goes_on(
-    sampling: Sampling, best: float, length: int, limit: int, complete: Sequence[tuple[float, Hypothesis]]
-) -> bool:
-    """Whether an open answer may still be worth more than the worst complete one; `best` is the sum of the likeliest."""
-    if len(complete) < sampling.beams:
-        return True
-    if sampling.early_stopping is True:
-        return False
-    longest = limit if sampling.early_stopping == "never" and sampling.length_penalty > 0 else length
-    return _score(sampling, best, longest) > complete[-1][0]
+        if len(open_) < len(going):
+            source = source.rows(torch.tensor(rows, device=device))
+        going = open_
+        cache.reorder(torch.tensor(rows, device=device), place + 1)
+        tokens_B1 = torch.tensor([answer.tokens[-1:] for search in going for answer in search.open], device=device)
+    return [search.complete[0][1] for search in searches]

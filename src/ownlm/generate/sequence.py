@@ -1,23 +1,28 @@
 """An answer in the making, the rows it sends through the model, and what each step tells of it."""
 
+import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ownlm.generate.drafts import Echoes
+from ownlm.generate.drafts import Echoes, Share
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
 from ownlm.records import FinishReason
 from ownlm.tokens.stream import DecodeStream
 
+if TYPE_CHECKING:
+    from ownlm.generate.adapters import Adapter
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """What one step did for one answer.
 
-    request, index  whose answer: the id `add` gave, and which of its `n`
+    request, index  whose answer: the id `add` gave, and which of those that are written
     token           the token just sampled; None when `max_tokens` is 0
     start           characters of the answer before this token's text (a token belongs to the visible answer when its start
                     lies before the end of all text shown)
@@ -53,8 +58,10 @@ class Sequence:
     matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
     said: Echoes = field(default_factory=Echoes)
+    adapter: "Adapter | None" = None
     tenant: str = ""
     priority: int = 0
+    deadline: float = math.inf  # by the engine's clock
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full pages
     cached: int = 0
@@ -103,12 +110,14 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens of one sequence to run now; the first stands at position `sequence.cached`. The logits of the last `wanted` are
-    asked for. The last `drafted` of them are guesses of what comes next. `layers`: those they go through in this step; None: all."""
+    asked for. The last `drafted` of them are guesses of what comes next, and `share` is told how many were right. `layers`: those they
+    go through in this step; None: all."""
 
     sequence: Sequence
     tokens: list[int]
     wanted: int
     drafted: int = 0
+    share: Share | None = None
     layers: range | None = None
 
     @property

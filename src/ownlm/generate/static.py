@@ -40,8 +40,8 @@ class Steps:
         return not any(isinstance(module, MoE | QuantizedLinear | QuantizedEmbedding) for module in model.modules())
 
     def fits(self, lines: Sequence["Line"]) -> bool:
-        """Whether these lines are a step of writing that is gathered in one piece."""
-        writing = all(len(line.tokens) == 1 and line.embeds_TD is None for line in lines)
+        """Whether these lines are a step of writing, with the model alone, that is gathered in one piece."""
+        writing = all(len(line.tokens) == 1 and line.embeds_TD is None and line.adapter is None for line in lines)
         rows, pages = self._size(lines)
         return writing and rows * pages <= self.cache.piece_pages
 

@@ -8,6 +8,7 @@ Shapes: W wanted tokens of a line, V vocabulary, B rows, T tokens, D hidden, P p
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ownlm.generate.runners import embeds_of
 from ownlm.generate.sequence import Row
 from ownlm.generate.static import Steps
+from ownlm.models.adapters import Learned, beside
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import PagedCache, position_bytes
 from ownlm.models.rotary import is_long
@@ -25,7 +27,8 @@ PAGE = 32  # positions, where sequences share pages
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """What a row is to the modules: its tokens, from position `start` of the sequence in `pages` on; the logits of the last
-    `wanted` are asked for. `long`: how positions turn. `embeds_TD` stands in for the embedding of the first tokens."""
+    `wanted` are asked for. `long`: how positions turn. `embeds_TD` stands in for the embedding of the first tokens. `adapter`: what it is
+    computed with beside the model."""
 
     tokens: list[int]
     start: int
@@ -33,6 +36,7 @@ class Line:
     wanted: int
     long: bool = False
     embeds_TD: Tensor | None = None
+    adapter: Learned | None = None
 
     @property
     def length(self) -> int:
@@ -45,6 +49,7 @@ class TorchRunner:
 
     exact = False
     layers = 1
+    adapter_form = Learned
     prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
 
     def __init__(self, model: Decoder, *, pages: int, page: int, static: bool | None = None) -> None:
@@ -58,8 +63,8 @@ class TorchRunner:
         return self.compute([self.line(row) for row in rows])
 
     def line(self, row: Row) -> Line:
-        """The row as numbers."""
-        length = len(row.sequence.known)
+        """The row by itself."""
+        length, adapter = len(row.sequence.known), row.sequence.adapter
         return Line(
             tokens=row.tokens,
             start=row.sequence.cached,
@@ -67,7 +72,11 @@ class TorchRunner:
             wanted=row.wanted,
             long=any(is_long(rotary, length) for rotary in self.rotaries),
             embeds_TD=row.embeds_TD,
+            adapter=None if adapter is None else cast(Learned, adapter.weights),
         )
+
+    def copy(self, page: int, onto: int) -> None:
+        self.cache.copy(page, onto)
 
     def compute(self, lines: Sequence[Line]) -> list[Tensor]:
         """logits_WV, float32, of each line's wanted tokens."""
@@ -79,13 +88,20 @@ class TorchRunner:
                 for index, logits_V in zip(chosen, self.steps.run(some), strict=True):
                     results[index] = logits_V[None][: lines[index].wanted]
                 continue
-            for index, hidden_TD in zip(chosen, self._forward(some), strict=True):
+            with beside(self.model, [line.adapter for line in some]):
+                hidden_BTD = self._forward(some)
+            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
                 count = len(lines[index].tokens)
                 states[index] = hidden_TD[count - lines[index].wanted : count]
         # One product for all that is wanted.
         if sum(map(len, states.values())):
             logits_WV = self.model.logits(torch.cat(list(states.values()))).float()
             results |= dict(zip(states, torch.split(logits_WV, [*map(len, states.values())]), strict=True))
+        for index, hidden_WD in states.items():
+            if (adapter := lines[index].adapter) is not None and adapter.head is not None:
+                weight, bias = adapter.head
+                own = weight.to(hidden_WD.dtype), None if bias is None else bias.to(hidden_WD.dtype)
+                results[index] = self.model.logits(hidden_WD, own).float()
         nothing = torch.empty(0, self.model.config.vocab_size, device=self.device)
         return [results.get(index, nothing) for index in range(len(lines))]
 
@@ -132,11 +148,10 @@ class TorchRunner:
 def torch_runner(
     model: Decoder, *, slots: int, context: int, room: int | None = None, static: bool | None = None
 ) -> TorchRunner:
-    """A runner for `slots` answers of `context` positions, its cache within `room` bytes as long as one sequence fits. A page is a
-    whole sequence on a CPU, where gathering pages costs more than the attention over them."""
+    """A runner for `slots` answers of `context` positions, its cache within `room` bytes as long as a page fits. A page is a whole
+    sequence on a CPU, where gathering pages costs more than the attention over them; elsewhere, with less room, sequences are shorter."""
     page = context if model.device.type == "cpu" else PAGE
-    least = -(-context // page)
-    most = slots * least
+    most = slots * -(-context // page)
     if room is not None:
         most = min(most, room // (page * position_bytes(model.config, model.dtype)))
-    return TorchRunner(model, pages=max(least, most), page=page, static=static)
+    return TorchRunner(model, pages=max(1, most), page=page, static=static)

@@ -22,11 +22,22 @@ X86 = {
     "isa_avxvnni": (*AVX2, "-mavxvnni"),
     "isa_avx2": AVX2,
 }
-COMMON = {"isa_plain": (), "step": (), "pack": (), "api": ()}
+ARM = {
+    "isa_neonbf16": ("-march=armv8.2-a+dotprod+bf16",),
+    "isa_neondot": ("-march=armv8.2-a+dotprod",),
+    "isa_neon": (),
+}
+COMMON = {"isa_plain": ("-O2", "-Wno-psabi"), "step": (), "lora": (), "pack": (), "api": (), "supported": ()}
 
 
-def is_x86() -> bool:
-    return platform.machine().lower() in ("x86_64", "amd64")
+def units(machine: str) -> dict[str, tuple[str, ...]]:
+    """The sources for a processor, each with its flags. What any processor runs comes first: of a function that several units have
+    a copy of, such as a vector's, the linker takes the first, and a newer unit's copy would hold newer instructions."""
+    if machine.lower() in ("x86_64", "amd64"):
+        return {name: ("-DOWNLM_X86", *flags) for name, flags in (COMMON | X86).items()}
+    if machine.lower() in ("aarch64", "arm64"):
+        return {name: ("-DOWNLM_ARM", *flags) for name, flags in (COMMON | ARM).items()}
+    return dict(COMMON)
 
 
 def compiler() -> str | None:
@@ -50,20 +61,19 @@ def build(folder: Path, extra: tuple[str, ...] = ()) -> Path:
     gxx = compiler()
     if gxx is None:
         raise FileNotFoundError("there is no C++ compiler (g++ or clang++)")
-    units = {**(X86 if is_x86() else {}), **COMMON}
-    define = ("-DOWNLM_X86",) if is_x86() else ()
+    sources = units(platform.machine())
     out = folder / file_name()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
 
         def compile_unit(unit: str) -> str:
             target = f"{scratch}/{unit}.o"
-            command = [gxx, *FLAGS, *define, *units[unit], *extra, "-c", str(SOURCES / f"{unit}.cpp"), "-o", target]
+            command = [gxx, *FLAGS, *sources[unit], *extra, "-c", str(SOURCES / f"{unit}.cpp"), "-o", target]
             subprocess.run(command, check=True, capture_output=True, text=True)
             return target
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_unit, units))
+            objects = list(pool.map(compile_unit, sources))
         partial = out.with_name(f"{out.name}.{os.getpid()}")
         try:
             subprocess.run(

@@ -39,6 +39,8 @@ class Rows(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in "count pages_of_each partial from_layer to_layer".split()),
         *((name, POINTER) for name in "token sequence position wanted is_long embeds pages logits hidden".split()),
+        *((name, POINTER) for name in "adapter adapters".split()),
+        ("adapter_count", LONG),
     )
 
 
@@ -56,7 +58,19 @@ FUNCTIONS = {
     "ownlm_bytes": (LONG, (POINTER,)),
     "ownlm_cache_new": (POINTER, (POINTER, INT, INT)),
     "ownlm_cache_delete": (None, (POINTER,)),
+    "ownlm_cache_copy": (None, (POINTER, INT, INT)),
     "ownlm_step": (INT, (POINTER, POINTER, POINTER)),
+    "ownlm_adapter_new": (POINTER, (INT,)),
+    "ownlm_adapter_pair": (INT, (POINTER, *[INT] * 7, POINTER, POINTER)),
+    "ownlm_adapter_head": (INT, (POINTER, INT, INT, INT, POINTER, POINTER)),
+    "ownlm_adapter_bytes": (LONG, (POINTER,)),
+    "ownlm_adapter_delete": (None, (POINTER,)),
+    "ownlm_linear_new": (POINTER, (ctypes.c_char_p, INT, INT, INT, INT, INT, POINTER, POINTER, POINTER)),
+    "ownlm_linear_delete": (None, (POINTER,)),
+    "ownlm_linear_bytes": (LONG, (POINTER,)),
+    "ownlm_linear": (INT, (POINTER, INT, POINTER, POINTER)),
+    "ownlm_feed_forward": (INT, (POINTER, POINTER, POINTER, INT, FLOAT, FLOAT, INT, POINTER, POINTER)),
+    "ownlm_read": (ctypes.c_uint64, (INT, POINTER, LONG)),
     "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
 }
 

@@ -12,8 +12,9 @@ Shapes: R rows, W wanted rows, V vocabulary, D hidden size, S sequences.
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,13 +25,16 @@ from torch import Tensor, nn
 from ownlm import device
 from ownlm.errors import UserError
 from ownlm.kernels import library as lib
+from ownlm.kernels.sources import Kind, Weight, by_row, default_kind, pieces, together, weight_of
 from ownlm.models.blocks import MLP, Block, MoE, RMSNorm
 from ownlm.models.decoder import Decoder, DecoderConfig
-from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
+from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
 from ownlm.models.specs import LongRope, Rotary
 
-Kind = Literal["f32", "bf16", "int8", "int4"]
+if TYPE_CHECKING:
+    from ownlm.kernels.adapters import NativeAdapter
+
 KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
 KV = Literal["f32", "bf16", "int8"]  # of keys and values
 PAGE = 32  # positions
@@ -57,7 +61,7 @@ def unsupported(model: nn.Module) -> str | None:
         return lib.missing()
     if not isinstance(model, Decoder) or model.head is not None:
         return "only decoders with a head over the vocabulary run on the kernels"
-    if model.device.type != "cpu":
+    if model.device.type not in ("cpu", "meta"):  # meta: its weights are still in their file
         return "the model is not on the CPU"
     for module in model.modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
@@ -73,7 +77,8 @@ class Batch:
     """Rows of one step, int32 each: `pages_SP` are the page numbers of each sequence, `wanted_R` marks the rows whose logits are
     asked for, `long_R` those whose text is beyond the original context of a LongRope; `embeds_RD` stands in for embeddings.
     The last `partial` rows go through `layers` only: those that begin after the first layer go on from where the step before
-    left them. None of them may be wanted before the last layer."""
+    left them. None of them may be wanted before the last layer.
+    `adapter_R` says which of `adapters` a row is computed with, -1: none; None: none for all."""
 
     token_R: NDArray[np.int32]
     sequence_R: NDArray[np.int32]
@@ -84,6 +89,8 @@ class Batch:
     embeds_RD: NDArray[np.float32] | None = None
     partial: int = 0
     layers: range = range(0)
+    adapter_R: NDArray[np.int32] | None = None
+    adapters: "Sequence[NativeAdapter]" = ()
 
 
 class NativeDecoder:
@@ -96,12 +103,15 @@ class NativeDecoder:
         *,
         max_tokens: int | None = None,
         instruction_set: str | None = None,
+        lend: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """`kind`: of the weights; by default bf16 for a model in it, else float32. What is in codes already is packed as it is.
+        """`kind`: of the weights; by default bf16 for a model in it, else float32. What is in codes already is packed as it is, what
+        is beside codes as bf16. `lend`: gives a part of the model its weights for as long as it is packed (unread.py).
         Raises UserError without memory."""
         found = lib.library()
         assert found is not None, "ask `unsupported` first"
         self.config, self._lib, self.kind = model.config, found, kind or default_kind(model)
+        self._numbers: Kind = "bf16" if kind is None and self.kind in ("int8", "int4") else self.kind
         self.max_tokens = min(max_tokens or model.config.max_tokens, model.config.max_tokens)
         self.instruction_set = instruction_set or lib.instruction_set()
         _, self.head_dim = model.config.kv_shape
@@ -112,14 +122,16 @@ class NativeDecoder:
         threads = device.threads(torch.get_num_threads())
         self._handle = ctypes.c_void_p(found.ownlm_new(ctypes.byref(spec), self.instruction_set.encode(), threads))
         if not self._handle:
-            raise _no_memory()
+            raise no_memory()
         for index, rotary in enumerate(rotaries):
             self._rotary(index, rotary)
         with torch.no_grad():
-            self._whole(model)
+            with lend("") if lend else nullcontext():
+                self._whole(model)
             for index, block in enumerate(model.layers):
                 assert isinstance(block, Block)
-                self._layer(index, block, rotaries)
+                with lend(f"layers.{index}") if lend else nullcontext():
+                    self._layer(index, block, rotaries)
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
@@ -153,6 +165,7 @@ class NativeDecoder:
         hidden_WD = torch.empty(wanted, self.config.hidden_size) if hidden else None
         arrays = [batch.token_R, batch.sequence_R, batch.position_R, batch.wanted_R, batch.long_R]
         assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (*arrays, batch.pages_SP))
+        adapters = (ctypes.c_void_p * len(batch.adapters))(*(adapter.handle.value for adapter in batch.adapters))
         rows = lib.Rows(
             len(batch.token_R),
             batch.pages_SP.shape[1],
@@ -164,21 +177,24 @@ class NativeDecoder:
             batch.pages_SP.ctypes.data,
             None if logits_WV is None else logits_WV.data_ptr(),
             None if hidden_WD is None else hidden_WD.data_ptr(),
+            None if batch.adapter_R is None else batch.adapter_R.ctypes.data,
+            ctypes.addressof(adapters),
+            len(batch.adapters),
         )
         if self._lib.ownlm_step(self._handle, cache.handle, ctypes.byref(rows)):
-            raise _no_memory()
+            raise no_memory()
         return None if logits_WV is None else logits_WV[:, : self.config.vocab_size], hidden_WD
 
     # ---- packing
 
     def _whole(self, model: Decoder) -> None:
-        table: Kind = "int8" if self.kind == "int4" and not model.config.tie_embeddings else self.kind
+        table: Kind = "int8" if self._numbers == "int4" and not model.config.tie_embeddings else self._numbers
         bias = model.lm_head_bias
-        self._matrix(0, EMBED, [_weight(model.embed_tokens)], bias=None if bias is None else [bias], kind=table)
+        self._matrix(0, EMBED, [weight_of(model.embed_tokens)], bias=None if bias is None else [bias], kind=table)
         if model.lm_head is None:
             self._lib.ownlm_tie(self._handle)
         else:
-            self._matrix(0, HEAD, [_weight(model.lm_head)], bias=_biases(model.lm_head))
+            self._matrix(0, HEAD, [weight_of(model.lm_head)], bias=_biases(model.lm_head))
         if isinstance(model.norm, RMSNorm | nn.LayerNorm):
             self._norm(0, FINAL_NORM, model.norm)
         if model.embed_positions is not None:
@@ -216,20 +232,20 @@ class NativeDecoder:
         if attention.sinks is not None:
             self._vector(index, SINKS, attention.sinks)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        heads = [_mapped(_weight(projection), self._by_head) for projection in projections]
+        heads = [by_row(weight_of(projection), self.by_head) for projection in projections]
         self._matrix(
             index,
             QKV,
             heads,
-            bias=[self._by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
+            bias=[self.by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
         )
         self._out(index, attention.o_proj)
         if isinstance(mlp, MLP):
             up = [layer for layer in (mlp.gate_proj, mlp.up_proj) if layer is not None]
             self._matrix(
-                index, UP, [_weight(layer) for layer in up], bias=[layer.bias for layer in up] if f.bias else None
+                index, UP, [weight_of(layer) for layer in up], bias=[layer.bias for layer in up] if f.bias else None
             )
-            self._matrix(index, DOWN, [_weight(mlp.down_proj)], bias=_biases(mlp.down_proj))
+            self._matrix(index, DOWN, [weight_of(mlp.down_proj)], bias=_biases(mlp.down_proj))
         else:
             assert isinstance(mlp, MoE)
             self._experts(index, mlp)
@@ -239,7 +255,7 @@ class NativeDecoder:
         kind: Kind = "f32" if self.kind == "f32" else "bf16"
         self._matrix(index, ROUTER, [mlp.gate.weight], bias=_biases(mlp.gate), kind=kind)
         stack: Any = mlp.experts
-        gate, up, down = (_weight(getattr(stack, name)) for name in ("gate_proj", "up_proj", "down_proj"))
+        gate, up, down = (weight_of(getattr(stack, name)) for name in ("gate_proj", "up_proj", "down_proj"))
         for expert in range(mlp.experts_spec.count):
             bias = [stack.gate_proj_bias[expert], stack.up_proj_bias[expert]] if stack.spec.bias else None
             self._matrix(index, UP, [gate[expert], up[expert]], expert=expert, bias=bias)
@@ -247,15 +263,15 @@ class NativeDecoder:
             self._matrix(index, DOWN, [down[expert]], expert=expert, bias=bias)
 
     def _out(self, index: int, o_proj: nn.Module) -> None:
-        weight = _weight(o_proj)
-        kind: Kind | None = None
-        if isinstance(weight, Codes) and self.padded_head != self.head_dim:
-            # The padding of heads moves inputs into other groups, whose scales no codes fit.
-            weight, kind = weight.tensor(), "bf16"
-        parts = [weight if isinstance(weight, Codes) else self._by_head(weight.T).T]
-        self._matrix(index, OUT, parts, bias=_biases(o_proj), kind=kind)
+        weight, kind = weight_of(o_proj), self._numbers
+        if self.padded_head != self.head_dim:
+            if not isinstance(weight, Tensor):
+                # The padding of heads moves inputs into other groups, whose scales no codes fit.
+                weight, kind = weight.tensor(), "bf16"
+            weight = self.by_head(weight.T).T
+        self._matrix(index, OUT, [weight], bias=_biases(o_proj), kind=kind)
 
-    def _by_head(self, weight_OI: Tensor) -> Tensor:
+    def by_head(self, weight_OI: Tensor) -> Tensor:
         """Each head's outputs, padded with zeros to whole lanes."""
         if self.padded_head == self.head_dim:
             return weight_OI
@@ -266,32 +282,24 @@ class NativeDecoder:
         self,
         layer: int,
         slot: int,
-        parts: Sequence[Tensor | Codes],
+        parts: Sequence[Weight],
         *,
         expert: int = 0,
         bias: Sequence[Tensor] | None = None,
         kind: Kind | None = None,
     ) -> None:
         rows, columns = sum(len(part) for part in parts), parts[0].shape[1]
-        if isinstance(parts[0], Codes):
-            kind = kept_kind(parts)
+        parts, kind = together(parts, kind or self._numbers)
         whole = None if bias is None else torch.cat([part.float() for part in bias]).contiguous()
         address = None if whole is None else whole.data_ptr()
-        if self._lib.ownlm_matrix(self._handle, layer, slot, expert, KINDS[kind or self.kind], rows, columns, address):
-            raise _no_memory()
+        if self._lib.ownlm_matrix(self._handle, layer, slot, expert, KINDS[kind], rows, columns, address):
+            raise no_memory()
         first = 0
         for part in parts:
-            if isinstance(part, Codes):
-                codes, scales = part.codes.contiguous(), part.scales.contiguous()
-                self._lib.ownlm_pack(
-                    self._handle, layer, slot, expert, first, len(part), 2, codes.data_ptr(), scales.data_ptr()
-                )
-                first += len(part)
-                continue
-            source = 1 if part.dtype == torch.bfloat16 else 0
-            values = part.detach().contiguous() if source else part.detach().float().contiguous()
-            self._lib.ownlm_pack(self._handle, layer, slot, expert, first, len(part), source, values.data_ptr(), None)
-            first += len(part)
+            for count, source, values, scales in pieces(part):
+                where = None if scales is None else scales.data_ptr()
+                self._lib.ownlm_pack(self._handle, layer, slot, expert, first, count, source, values.data_ptr(), where)
+                first += count
 
     def _norm(self, layer: int, slot: int, norm: nn.Module) -> None:
         assert isinstance(norm, RMSNorm | nn.LayerNorm), norm
@@ -328,42 +336,16 @@ class PagedCache:
         self.decoder, self.pages, self.kv = decoder, pages, kv
         self.handle = ctypes.c_void_p(decoder._lib.ownlm_cache_new(decoder._handle, KINDS[kv], pages))
         if not self.handle:
-            raise _no_memory()
+            raise no_memory()
+
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        assert 0 <= page < self.pages > onto >= 0, f"{page}, {onto} of {self.pages} pages"
+        self.decoder._lib.ownlm_cache_copy(self.handle, page, onto)
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
             self.decoder._lib.ownlm_cache_delete(self.handle)
-
-
-def default_kind(model: Decoder) -> Kind:
-    block = model.layers[0]
-    assert isinstance(block, Block)
-    weight = _weight(block.self_attn.o_proj)
-    if isinstance(weight, Codes):
-        return kept_kind([weight])
-    return "bf16" if model.dtype == torch.bfloat16 else "f32"
-
-
-def kept_kind(parts: Sequence[Tensor | Codes]) -> Kind:
-    """Of matrices that are packed as one."""
-    (scheme,) = {part.scheme for part in parts if isinstance(part, Codes)}
-    assert scheme != "nf4", "ask `unsupported` first"
-    return scheme
-
-
-def _weight(module: nn.Module | Tensor) -> Tensor | Codes:
-    """The weight of a layer (or of a stack of experts, itself a tensor), in codes where it is kept so."""
-    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-        return module.kept
-    weight: Tensor = module if isinstance(module, Tensor) else module.weight  # type: ignore[assignment]
-    return weight
-
-
-def _mapped(weight: Tensor | Codes, change: Callable[[Tensor], Tensor]) -> Tensor | Codes:
-    """The weight with its rows changed: padded, put into another order."""
-    if isinstance(weight, Tensor):
-        return change(weight)
-    return Codes(weight.scheme, change(weight.codes), change(weight.scales), weight.columns)
 
 
 def packed_bytes(model: Decoder) -> int:
@@ -391,7 +373,7 @@ def _biases(linear: Any) -> list[Tensor] | None:
     return None if linear.bias is None else [linear.bias]
 
 
-def _no_memory() -> UserError:
+def no_memory() -> UserError:
     return UserError(
         "there is not enough memory for the model's packed weights or its cache.",
         cure="Use a smaller context or fewer slots.",

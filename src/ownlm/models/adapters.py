@@ -13,7 +13,8 @@ Shapes: r rank, O outputs, I inputs, D delta of a weight (O, I).
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +70,55 @@ class Pair(nn.Module):
         return (self.B.detach().float() @ self.A.detach().float()) * self.scale
 
 
+def _add_rows(y: Tensor, x: Tensor, rows: Tensor, pair: nn.Module) -> Tensor:
+    """y with what the pair makes of some rows of x."""
+    return y.index_add(0, rows, pair(x[rows]).to(y.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Learned:
+    """An adapter by itself, not hung on a model: its pairs by the name of their layer, and what was trained whole by the name of
+    the parameter."""
+
+    pairs: Mapping[str, Pair]
+    whole: Mapping[str, Tensor]
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the language model's head, where it was trained whole."""
+        weight = self.whole.get("lm_head.weight")
+        return None if weight is None else (weight, self.whole.get("lm_head.bias"))
+
+    @property
+    def memory_bytes(self) -> int:
+        pairs = sum(pair.A.nbytes + pair.B.nbytes for pair in self.pairs.values())
+        return pairs + sum(tensor.nbytes for tensor in self.whole.values())
+
+    def to(self, device: torch.device) -> "Learned":
+        pairs = {name: pair.to(device).requires_grad_(False) for name, pair in self.pairs.items()}
+        return Learned(pairs=pairs, whole={name: tensor.to(device) for name, tensor in self.whole.items()})
+
+
+@contextmanager
+def beside(model: nn.Module, chosen: Sequence[Learned | None]) -> Iterator[None]:
+    """Within it row b of every batch is computed with the pairs of chosen[b]; the model itself is not changed."""
+    hooks = []
+    for learned in dict.fromkeys(one for one in chosen if one is not None):
+        rows = torch.tensor([at for at, one in enumerate(chosen) if one is learned])
+        for name, pair in learned.pairs.items():
+            rows = rows.to(pair.A.device)
+
+            def add(module: nn.Module, given: Any, y: Tensor, rows: Tensor = rows, pair: Pair = pair) -> Tensor:
+                return _add_rows(y, given[0], rows, pair)
+
+            hooks.append(model.get_submodule(name).register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def divisor(rank: int, rslora: bool) -> float:
     """What alpha is divided by."""
     return math.sqrt(rank) if rslora else rank
@@ -91,7 +141,7 @@ class Adapted(nn.Module):
         for name, pair in self.pairs.items():
             if name in self.choice:
                 rows = torch.tensor([at for at, chosen in enumerate(self.choice) if chosen == name], device=x.device)
-                y = y.index_add(0, rows, pair(x[rows]))
+                y = _add_rows(y, x, rows, pair)
         return y
 
 

@@ -184,7 +184,10 @@ def gated(gate: Tensor, up: Tensor, spec: FeedForward) -> Tensor:
 
 
 class MLP(nn.Module):
-    """The feed-forward of `FeedForward` (gates: arXiv:2002.05202)."""
+    """The feed-forward of `FeedForward` (gates: arXiv:2002.05202). `product` may do all of it where nothing is trained, on the CPU; it
+    gives None for layers that it wasn't made for (kernels/linear.py)."""
+
+    product: Callable[["MLP", Tensor], Tensor | None] | None = None
 
     def __init__(self, hidden_size: int, spec: FeedForward) -> None:
         super().__init__()
@@ -194,6 +197,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(spec.size, hidden_size, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+            whole = self.product(self, x)
+            if whole is not None:
+                return whole
         if self.gate_proj is None:
             inner = ACTIVATIONS[self.spec.activation](self.up_proj(x))
         else:

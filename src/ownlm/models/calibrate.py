@@ -3,7 +3,8 @@
     int8   every matrix of the layers, the head and the embedding
     int4   the same; an embedding that is no head stays in int8, for its rows are looked up and not summed over
 
-Norms, biases, routers and learned positions stay as they are. Of calibration text only the hidden states at one depth are in memory,
+Encoders and encoder-decoders are rounded to the nearest (`quantize_rest`). Norms, biases, routers, learned positions and heads of
+labels stay as they are. Of calibration text only the hidden states at one depth are in memory,
 and one layer's H for each of its inputs.
 
 Shapes: N rows of text, B rows of a batch, T tokens, D hidden, I inputs.
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.blocks import Block, MoE, Stack, Step, gated
+from ownlm.models.coded import matrices
 from ownlm.models.decoder import Decoder
+from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.gptq import Moments, gptq
 from ownlm.models.quantize import Codes, Scheme, quantize, quantized
 
@@ -43,6 +47,17 @@ def quantize_decoder(
             _to_the_nearest(model, to, progress)
         else:
             _calibrated(model, to, rows_NT, progress)
+
+
+def quantize_rest(model: Encoder | EncoderDecoder, to: Scheme, progress: Progress = lambda done, all: None) -> None:
+    """`quantize_decoder` for the other kinds, to the nearest values."""
+    table_is_head = model.task == "masked_lm" if isinstance(model, Encoder) else model.lm_head is None
+    model.requires_grad_(False)
+    names = matrices(model)
+    for done, name in enumerate(names):
+        scheme = "int8" if name == "embed_tokens" and not table_is_head else to
+        _replace(model, name, lambda weight, _, scheme=scheme: quantize(weight, scheme))
+        progress(done + 1, len(names))
 
 
 def _to_the_nearest(model: Decoder, to: Scheme, progress: Progress) -> None:

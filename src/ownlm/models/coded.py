@@ -1,4 +1,4 @@
-"""Directories that `ownlm quantize` writes: a decoder's matrices as codes and scales, under the names of our modules.
+"""Directories that `ownlm quantize` writes: a model's matrices as codes and scales, under the names of our modules.
 
     config.json         that of the model, and quantization_config = {"quant_method": "ownlm", …}
     model.safetensors   NAME.codes and NAME.scales (quantize.py) for each matrix, everything else as it was
@@ -6,21 +6,26 @@
 The file is the quantised model's own state: opening it is mapping it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ownlm.errors import ArtifactError
-from ownlm.formats.tensorfile import Entry, map_tensors
+from ownlm.formats.tensorfile import Entry, Mapped
+from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
+from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import from_hf
 from ownlm.models.pooling import read_pooling
-from ownlm.models.quantize import GROUP, Codes, Scheme, plain, quantized
+from ownlm.models.quantize import GROUP, Codes, Scheme, empty, linears, plain, quantized
+
+Quantizable: TypeAlias = Decoder | Encoder | EncoderDecoder
 
 SETTINGS = {"quant_method": "ownlm", "group": GROUP}
 SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
@@ -32,8 +37,17 @@ def is_quantised(hf: Mapping[str, Any]) -> bool:
     return isinstance(about, dict) and about.get("quant_method") == SETTINGS["quant_method"]
 
 
-def matrices(model: Decoder) -> list[str]:
-    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error."""
+def quantizable(model: Any) -> TypeGuard[Quantizable]:
+    """Decoders that write, encoders with any head or none, encoder-decoders."""
+    return isinstance(model, Encoder | EncoderDecoder) or (isinstance(model, Decoder) and model.task is None)
+
+
+def matrices(model: Quantizable) -> list[str]:
+    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error, and neither do heads
+    with a few labels."""
+    if not isinstance(model, Decoder):
+        head = isinstance(model, EncoderDecoder) and model.lm_head is not None
+        return ["embed_tokens", *linears(model), *(["lm_head"] if head else [])]
     blocks = [(f"layers.{index}", block) for index, block in enumerate(model.layers)]
     inside = [
         f"{name}.{part}"
@@ -49,6 +63,30 @@ def matrices(model: Decoder) -> list[str]:
     return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
 
 
+def describe(root: Path, hf: Mapping[str, Any], files: Mapping[Path, Mapping[str, Entry]]) -> Quantizable:
+    """The quantised model without its weights. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped
+    tensors."""
+    where = str(root)
+    if hf["quantization_config"] != SETTINGS:
+        raise ArtifactError(
+            "its quantization_config is of another format.", where=where, cure="Update ownlm, or quantise it again."
+        )
+    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
+    entries = {name: entry for held in files.values() for name, entry in held.items()}
+    config, family = from_hf(hf, where=f"{root / 'config.json'}", stored=frozenset(_told(entries)))
+    with blank():
+        model: Any = family.build(config, hf)
+        if not quantizable(model):
+            raise ArtifactError(f"a model of type {hf.get('model_type')} is never quantised.", where=where)
+        for name in matrices(model):
+            model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
+    _match(model.state_dict(), entries, where)
+    model.requires_grad_(False)
+    if isinstance(model, Decoder | Encoder):
+        model.pooling = read_pooling(root)
+    return model.eval()
+
+
 def load(
     root: Path,
     hf: Mapping[str, Any],
@@ -57,48 +95,46 @@ def load(
     dtype: torch.dtype | None,
     device: torch.device | str,
     codes: bool,
-) -> Decoder:
-    """See `load_model`. ArtifactError for a directory of another format; missing, unexpected or wrongly shaped tensors."""
-    where = str(root)
-    if hf["quantization_config"] != SETTINGS:
-        raise ArtifactError(
-            "its quantization_config is of another format.", where=where, cure="Update ownlm, or quantise it again."
-        )
-    hf = {key: value for key, value in hf.items() if key != "quantization_config"}
-    entries = {name: entry for held in files.values() for name, entry in held.items()}
-    config, family = from_hf(hf, where=f"{root / 'config.json'}")
-    with torch.device("meta"):
-        model: Any = family.build(config, hf)
-        if not isinstance(model, Decoder) or model.task is not None:
-            raise ArtifactError("only decoders that write are quantised.", where=where)
-        for name in matrices(model):
-            model.set_submodule(name, quantized(model.get_submodule(name), partial(_blank, entries, name)))
-    _match(model.state_dict(), entries, where)
-    tensors = {name: tensor for path, held in files.items() for name, tensor in map_tensors(path, held).items()}
-    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
-    parameters = dict(model.named_parameters())
-    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
-    model.load_state_dict(placed, assign=True)
-    model.requires_grad_(False)
+) -> Quantizable:
+    """See `load_model`. The same errors as `describe`."""
+    model = describe(root, hf, files)
+    fill(model, [Mapped(path, held) for path, held in files.items()], dtype)
     if not codes:
         for name in matrices(model):
             model.set_submodule(name, plain(model.get_submodule(name), dtype or torch.float32))
         model.requires_grad_(True)
         if dtype is None:
             model.float()
-    model.pooling = read_pooling(root)
-    return model.to(device).eval()
+    return model.to(device)
+
+
+def fill(model: Quantizable, maps: Sequence[Mapped], dtype: torch.dtype | None) -> None:
+    """Codes and scales as views of the files, everything else in `dtype` (None: that of the first number that is no scale)."""
+    tensors = {name: one.tensor(name) for one in maps for name in one.entries}
+    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
+    parameters = dict(model.named_parameters())
+    placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
+    model.load_state_dict(placed, assign=True)
+    model.requires_grad_(False)
+
+
+# Some configs don't say which heads there are. Then families ask for a tensor by the name that it has elsewhere.
+ELSEWHERE = {
+    "lm_head.codes": ("lm_head.weight",),
+    "head.norm.weight": ("cls.predictions.transform.dense.weight", "lm_head.dense.weight", "vocab_transform.weight"),
+    "next_sentence.weight": ("cls.seq_relationship.weight",),
+}
+
+
+def _told(entries: Iterable[str]) -> Iterator[str]:
+    for name in entries:
+        yield from ELSEWHERE.get(name, (name,))
 
 
 def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:
     """The codes of a matrix by what the file holds; int8 where it holds none, which `_match` tells."""
     stored = entries.get(f"{name}.{part}.codes" if part else f"{name}.codes")
-    scheme = "int8" if stored is None else SCHEMES.get(stored.dtype, "int8")
-    *outer, columns = weight.shape
-    groups = -(-columns // GROUP)
-    bytes_ = groups * GROUP // (1 if scheme == "int8" else 2)
-    codes = torch.empty(*outer, bytes_, dtype=torch.int8 if scheme == "int8" else torch.uint8)
-    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
+    return empty("int8" if stored is None else SCHEMES.get(stored.dtype, "int8"), tuple(weight.shape))
 
 
 def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import among
+from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
@@ -166,12 +167,16 @@ class Decoder(nn.Module):
         assert self.head is None, f"this model has a head for {self.task}"
         return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        return self._logits(hidden) if self.around_logits is None else self.around_logits(hidden, self._logits)
+    def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """(…, D) -> (…, V) in fp32, the product in the weights' dtype. `head`: weight and bias in place of the model's."""
+        if self.around_logits is None:
+            return self._logits(hidden, head)
+        assert head is None, "of a shard's head there are others elsewhere"
+        return self.around_logits(hidden, self._logits)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
+    def _logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        weight, bias = head or (self.head_weight, self.head_bias)
+        logits = nn.functional.linear(self.head_input(hidden), weight, bias).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -293,7 +298,7 @@ def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding
 
 def count_parameters(config: DecoderConfig) -> int:
     """Weights of the whole model; a tied head counts once."""
-    with torch.device("meta"):
+    with blank():
         return sum(parameter.numel() for parameter in Decoder(config).parameters())
 
 

@@ -16,6 +16,7 @@ from ownlm.models.attention import among
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.heads import MaskedLMHead, Pooler, make_head
 from ownlm.models.pooling import Pooling
+from ownlm.models.quantize import QuantizedEmbedding, read_out
 from ownlm.models.specs import Head, Layer, Norm, Task
 
 
@@ -71,12 +72,19 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.embed_positions.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; its weights may be kept in less."""
+        return self.embed_positions.weight.dtype
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D): the embedding itself; head_input(hidden) @ head_weight.T + head_bias are the logits."""
-        return self.embed_tokens.weight
+        table: Any = self.embed_tokens
+        weight: Tensor = table.dequantized(self.dtype) if isinstance(table, QuantizedEmbedding) else table.weight
+        return weight
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -90,7 +98,7 @@ class Encoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32: which token stands at each place."""
-        return nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
+        return read_out(self.head_input(hidden), self.embed_tokens, self.head_bias).float()
 
     def follows(self, hidden_BTD: Tensor) -> Tensor:
         """(B, 2): that the second text follows the first, and that it doesn't (BERT's next-sentence head)."""
@@ -107,7 +115,9 @@ class Encoder(nn.Module):
         assert mask_BT is None or mask_BT.dtype == torch.bool, mask_BT.dtype
         if mask_BT is not None and bool(mask_BT.all()):
             mask_BT = None
-        x_BTD: Tensor = self.embed_tokens(tokens_BT) + self.embed_positions(self._positions(tokens_BT, mask_BT))
+        x_BTD: Tensor = self.embed_tokens(tokens_BT).to(self.dtype) + self.embed_positions(
+            self._positions(tokens_BT, mask_BT)
+        )
         if self.embed_types is not None:
             x_BTD = x_BTD + self.embed_types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
         x_BTD = self.embed_norm(x_BTD)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ownlm.models.attention import Visibility, among, causal, everything, masked
 from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.cache import KVCache
+from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear, read_out
 from ownlm.models.specs import Layer, Norm
 
 
@@ -127,9 +128,23 @@ class EncoderDecoder(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(D, config.vocab_size, bias=False)
 
     @property
+    def device(self) -> torch.device:
+        return self.decoder_bias.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; its weights may be kept in less."""
+        return self.decoder_bias.weight.dtype
+
+    @property
     def head_weight(self) -> Tensor:
-        """(V, D): head_input(hidden) @ head_weight.T are the logits; the embedding itself when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D): head_input(hidden) @ head_weight.T are the logits; the embedding itself when tied. Made on the spot where it is
+        kept in codes."""
+        head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, QuantizedLinear | QuantizedEmbedding):
+            return head.dequantized(self.dtype)
+        weight: Tensor = head.weight
+        return weight
 
     @property
     def head_bias(self) -> None:
@@ -141,14 +156,14 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        return nn.functional.linear(self.head_input(hidden), self.head_weight).float()
+        return read_out(self.head_input(hidden), self.embed_tokens if self.lm_head is None else self.lm_head).float()
 
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """memory_BSD, the encoder's final norm applied. `mask_BS` is True where a token is none of the padding."""
         width = tokens_BS.shape[1]
         seen = among(width, both_ways=True, padding_BT=None if mask_BS is None else ~mask_BS.bool())
         step = Step({}, {None: seen}, bias_BHTS=self.encoder_bias(0, width))
-        x_BSD = self.embed_tokens(tokens_BS)
+        x_BSD = self.embed_tokens(tokens_BS).to(self.dtype)
         for layer in self.encoder:
             x_BSD = layer(x_BSD, step)
         memory_BSD: Tensor = self.encoder_norm(x_BSD)
@@ -191,7 +206,7 @@ class EncoderDecoder(nn.Module):
             source=source.layers,
             source_visibility=source.visibility(width),
         )
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = self.embed_tokens(tokens_BT).to(self.dtype)
         for layer in self.decoder:
             x_BTD = layer(x_BTD, step)
         hidden_BTD: Tensor = self.norm(x_BTD)

@@ -8,7 +8,7 @@ writing and any other format with names of its own.
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -156,6 +156,15 @@ def nested(table: Table, ours: str, stored: str) -> Table:
         keys = f"{ours}{key}" if isinstance(key, str) else tuple(f"{ours}{one}" for one in key)
         rows[keys] = To(stored + inner.name, inner.layout, inner.count)
     return rows
+
+
+def moved(table: Table, prefix: str, other: str) -> Table:
+    """The same where stored names begin with another prefix."""
+    rows = {key: To(value) if isinstance(value, str) else value for key, value in table.items()}
+    return {
+        key: replace(to, name=other + to.name.removeprefix(prefix)) if to.name.startswith(prefix) else to
+        for key, to in rows.items()
+    }
 
 
 def nameless(table: Table, parameters: Iterable[str]) -> list[str]:

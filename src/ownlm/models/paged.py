@@ -58,6 +58,10 @@ class PagedCache:
     def memory_bytes(self) -> int:
         return self.both_L2NKsd.nbytes
 
+    def copy(self, page: int, onto: int) -> None:
+        """Make one page hold what another does."""
+        self.both_L2NKsd[:, :, onto] = self.both_L2NKsd[:, :, page]
+
     def address(
         self,
         positions_BT: Tensor,

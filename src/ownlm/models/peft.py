@@ -2,6 +2,8 @@
 
     adapter_config.json          rank, alpha, which modules; only plain LoRA is taken
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, I), .lora_B.weight (O, r); whole modules
+    head.json                    of an adapter that brings a head: its task and labels, as config.json tells them. PEFT has no such
+                                 file: its users name the class and the number of labels themselves
 
 Modules carry the names of the family's checkpoint files. Where a file has q, k and v in one tensor (GPT-2's c_attn, Phi-3's
 qkv_proj), one stored pair is three of ours: they share A, and B is split by rows. The other way round, pairs of ours that
@@ -22,6 +24,7 @@ from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, read_header, read_tensors, write_tensors
 from ownlm.models.adapters import (
     Adapted,
+    Learned,
     Pair,
     adaptable,
     adapters,
@@ -33,11 +36,14 @@ from ownlm.models.adapters import (
     use_adapter,
     wrappers,
 )
+from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, to_hf
+from ownlm.models.families.heads import TOLD
 from ownlm.models.names import LAYOUTS, Stored, stored_tensors
+from ownlm.models.specs import Task
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.json"
 PREFIX = "base_model.model."
 # Layouts that leave the rows of a linear layer whole. PEFT keeps B as (O, r) where the weight is stored transposed.
 LINEAR = ("same", "transposed", "by_head", "pairs")
@@ -65,6 +71,7 @@ IGNORED = {
     "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip  # of no consequence for what a finished adapter computes
 READ = {"peft_type", "bias", "init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+TASK_TYPES: dict[str, Task] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token", "QUESTION_ANS": "span"}
 # The other initialisations (pissa, olora, …) leave an adapter to a base whose weights were changed.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -75,7 +82,7 @@ class Names:
     def __init__(self, model: Any) -> None:
         hf = model.hf or to_hf(model.config)
         self.family = FAMILIES[hf["model_type"]]
-        with torch.device("meta"):
+        with blank():
             bare = self.family.build(model.config, model.hf)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in bare.named_parameters()}
         table = stored_tensors(self.family.names(model.config), dict(bare.named_parameters()))
@@ -140,16 +147,31 @@ def save_adapter(model: Any, directory: Path | str, *, name: str = "default", ba
         tensors[PREFIX + key] = stored.pack(whole)
     write_tensors(root / TENSORS, tensors.items())
     write_json(root / CONFIG, _config(model, names, scaling, rslora, list(saved), base))
+    if any(part.startswith("head.") for part in whole):
+        hf = model.hf or to_hf(model.config)
+        write_json(root / HEAD, {key: hf[key] for key in ("architectures", *TOLD) if key in hf})
 
 
 def load_adapter(model: Any, directory: Path | str, *, name: str = "default") -> None:
-    """Hang an adapter in PEFT's format on the model and choose it. The base stays as it is.
+    """Hang an adapter in PEFT's format on the model and choose it. The base stays as it is. Raises what `read_adapter` does."""
+    check_name(name)
+    learned = read_adapter(model, directory)
+    for layer, pair in learned.pairs.items():
+        attach(model, layer, name, pair)
+    with torch.no_grad():
+        for key, tensor in learned.whole.items():
+            module, _, parameter = key.rpartition(".")
+            getattr(copy_module(model, module, name), parameter).copy_(tensor)
+    use_adapter(model, name)
+
+
+def read_adapter(model: Any, directory: Path | str) -> Learned:
+    """An adapter in PEFT's format, for a model that isn't touched. In float32, on the CPU.
 
     Raises NotFound, UserError (a kind of adapter or an option we don't compute, by name) and ArtifactError (damaged
     file; tensors that don't fit the model).
     """
     root = Path(directory)
-    check_name(name)
     config = read_config(root)
     entries = read_header(root / TENSORS)
     names = Names(model)
@@ -177,26 +199,24 @@ def load_adapter(model: Any, directory: Path | str, *, name: str = "default") ->
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise ArtifactError("; ".join(faults[:5]) + more + ".", where=str(root))
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor, _ in read_tensors(root / TENSORS, entries)}
+    pairs: dict[str, Pair] = {}
     for module, keys in found.items():
         stored = cast(Stored, names.named(module, names.layers))
         A, B = tensors[keys["A"]], _laid_out(tensors[keys["B"]], stored, to_ours=True)
         sizes = [names.shapes[part][0] for part, _ in stored.parts]
+        alpha = float(_pattern(config, "alpha_pattern", module, "lora_alpha"))
         for (part, _), rows in zip(stored.parts, torch.split(B, sizes), strict=True):
-            pair = Pair(
-                A.clone(),
-                rows.clone(),
-                alpha=float(_pattern(config, "alpha_pattern", module, "lora_alpha")),
-                rslora=bool(config.get("use_rslora")),
-            )
-            attach(model, part.removesuffix(".weight"), name, pair)
-    with torch.no_grad():
-        for key, stored in whole.items():
-            targets = {}
-            for part, _ in stored.parts:
-                module, _, parameter = part.rpartition(".")
-                targets[part] = getattr(copy_module(model, module, name), parameter)
-            stored.place(tensors[key], targets)
-    use_adapter(model, name)
+            pair = Pair(A.clone(), rows.clone(), alpha=alpha, rslora=bool(config.get("use_rslora")))
+            pairs[part.removesuffix(".weight")] = pair
+    parameters: dict[str, Tensor] = {}
+    for key, stored in whole.items():
+        for part, index in stored.parts:
+            if part not in parameters:
+                # Of stacked experts the file may hold some only; the others stay as they are.
+                own = torch.empty(names.shapes[part]) if index is None else model.get_parameter(part).detach()
+                parameters[part] = own.to("cpu", torch.float32, copy=True)
+        stored.place(tensors[key], parameters)
+    return Learned(pairs=pairs, whole=parameters)
 
 
 def read_config(root: Path) -> dict[str, Any]:
@@ -234,7 +254,7 @@ def _config(
     every = {module for module in hit if any(ends(module, target) for target in targets)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) and model.task is None else None,
+        "task_type": _task_type(model, saved),
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": _whole(alpha),
@@ -249,6 +269,13 @@ def _config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _task_type(model: Any, saved: Sequence[str]) -> str | None:
+    """PEFT's word for what the model is for. It adds a head to train for those that have labels, so only if there is one."""
+    if isinstance(model, Decoder) and model.task is None:
+        return "CAUSAL_LM"
+    return next((theirs for theirs, ours in TASK_TYPES.items() if saved and ours == model.task), None)
 
 
 def _whole(value: float) -> float:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ownlm.formats.ggml import Blocks
+from ownlm.models.blank import blank
 from ownlm.models.blocks import MoE, Stack, gated
 from ownlm.models.specs import FeedForward
 
@@ -121,21 +123,23 @@ def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int) -> Cod
     return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns)
 
 
-def from_blocks(type: Literal["Q8_0", "Q4_0"], raw: Tensor, shape: tuple[int, ...]) -> Codes:
-    """The bytes (uint8) of a tensor of ggml's blocks as codes: the same values, in our order of the four-bit numbers."""
-    blocks = raw.view(*shape[:-1], shape[-1] // GROUP, -1)
-    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
-    if type == "Q8_0":
-        return Codes("int8", blocks[..., 2:].flatten(-2).view(torch.int8), scales, shape[-1])
-    halves = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).flatten(-2)
-    return Codes("int4", halves[..., ::2] | halves[..., 1::2] << 4, scales, shape[-1])
+def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
+    """Room for the codes of a weight (…, O, I)."""
+    *outer, columns = shape
+    groups = -(-columns // GROUP)
+    narrow = scheme != "int8"
+    codes = torch.empty(*outer, groups * GROUP // (1 + narrow), dtype=torch.uint8 if narrow else torch.int8)
+    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
 
 
 class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.)"""
+    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.) `product` is what multiplies in
+    PyTorch's place where nothing is trained, on the CPU (kernels/linear.py). `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    product: Callable[[Tensor], Tensor] | None = None
+    blocks: Blocks | None = None
 
     def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -153,6 +157,8 @@ class QuantizedLinear(nn.Module):
         return self.kept.tensor(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.product is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
+            return self.product(x)
         y: Tensor = FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -172,10 +178,13 @@ class FrozenProduct(torch.autograd.Function):
 
 
 class QuantizedEmbedding(nn.Module):
-    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32."""
+    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32. `product` is of a table that is also
+    a head; see QuantizedLinear. `blocks`: see unread.py."""
 
     codes: Tensor
     scales: Tensor
+    product: Callable[[Tensor], Tensor] | None = None
+    blocks: Blocks | None = None
 
     def __init__(self, kept: Codes) -> None:
         super().__init__()
@@ -193,6 +202,16 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.kept[ids].tensor()
+
+
+def read_out(hidden: Tensor, head: nn.Module, bias: Tensor | None = None) -> Tensor:
+    """(…, D) -> (…, V): hidden states through a head without a bias of its own, a Linear or an Embedding, in codes or not."""
+    if isinstance(head, QuantizedLinear | QuantizedEmbedding):
+        if head.product is not None and not torch.is_grad_enabled() and hidden.device.type == "cpu":
+            return head.product(hidden) if bias is None else head.product(hidden) + bias
+        return F.linear(hidden, head.dequantized(hidden.dtype), bias)
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    return F.linear(hidden, weight, bias)
 
 
 class QuantizedStack(nn.Module):
@@ -271,7 +290,7 @@ def quantized(module: nn.Module, make: Quantize) -> nn.Module:
 
 def plain(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module again whose weights are numbers: those that the codes stand for."""
-    with torch.device("meta"):
+    with blank():
         made: nn.Module
         if isinstance(module, QuantizedLinear):
             made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)

@@ -6,7 +6,8 @@ names those that aren't so. Nothing is allocated before that is known.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
-from ownlm.formats.tensorfile import Entry, Pending, read_header, read_tensors, write_shards
+from ownlm.formats.tensorfile import Entry, Mapped, Pending, read_header, write_shards
 from ownlm.models import coded, shards
-from ownlm.models.decoder import Decoder
+from ownlm.models.blank import blank
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
-from ownlm.models.families.family import Opened, Tensors
+from ownlm.models.families.family import Opened
 from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
@@ -52,28 +53,59 @@ def load_model(
             raise UserError(
                 "a quantised checkpoint can't be split.", where=str(root), cure="Split what it was made of."
             )
-        return coded.load(root, hf, _files(root), dtype=dtype, device=device, codes=codes)
+        return coded.load(root, hf, read_headers(root), dtype=dtype, device=device, codes=codes)
+    return fill(describe(root), dtype=dtype, device=device, shard=shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Described:
+    """A checkpoint whose files hold what its config asks for: the model without weights, and what its tensors are called."""
+
+    root: Path
+    opened: Opened
+    model: Any
+    names: "Names"
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the weights; of several types one that holds all."""
+        types = [
+            entry.dtype for held in self.opened.files.values() for name, entry in held.items() if self.names.find(name)
+        ]
+        # Of GGUF the first: norms are wider there than in the model it was made of.
+        return types[0] if self.root.is_file() else reduce(torch.promote_types, types)
+
+
+def describe(root: Path) -> Described:
+    """What `load_model` reads. The same errors."""
     opened = open_gguf(root) if root.is_file() else _open(root)
     family, files = opened.family, opened.files
-    with torch.device("meta"):
+    with blank():
         model: Any = family.build(opened.config, opened.hf)
+    model.pooling = opened.pooling
     ours = dict(model.named_parameters())
     held = frozenset(name for entries in files.values() for name in entries)
     names = Names(family, stored_tensors(family.names(opened.config), ours), held)
     tied = hasattr(model, "head_weight") and not any(name.endswith("lm_head.weight") for name in ours)
     _match(names, ours, files, root, tied=tied)
-    types = [entry.dtype for entries in files.values() for name, entry in entries.items() if names.find(name)]
-    # Of GGUF the first: norms are wider there than in the model it was made of.
-    stored = types[0] if root.is_file() else reduce(torch.promote_types, types)
-    model = model.to(dtype or stored)
+    return Described(root=root, opened=opened, model=model, names=names)
+
+
+def fill(
+    described: Described, *, dtype: torch.dtype | None, device: torch.device | str, shard: Shard | None = None
+) -> Any:
+    """The described model, or a shard of it, with its weights."""
+    names, dtype = described.names, dtype or described.stored
+    model = described.model.to(dtype)
     uncut, cuts = dict(model.named_parameters()), dict[str, shards.Cut]()
     if shard is not None:
-        shards.check(model, shard.size, where=str(root))
+        shards.check(model, shard.size, where=str(described.root))
         model, cuts = shards.shard_of(model, shard)
+        model.pooling = described.opened.pooling
     model = model.to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
-    for name, tensor, give_back in opened.tensors():
+    for name, tensor, give_back in described.opened.tensors():
         if (target := names.find(name)) is not None:
             if shard is None:
                 target.place(tensor, ours, give_back)
@@ -81,28 +113,23 @@ def load_model(
                 shards.place(target, tensor, ours, give_back, whole=uncut, cuts=cuts, shard=shard)
         elif not names.derived(name):
             whole = tensor if isinstance(tensor, Tensor) else tensor.tensor()
-            second[name] = whole.to(dtype or stored, copy=True)
+            second[name] = whole.to(dtype, copy=True)
     for name, tensor in second.items():
         twin = names.copy_of(name, ours)
         if twin is not None and shard is not None:
             tensor = cuts[twin].of(tensor, like=ours[twin])  # an embedding, or a head
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
-            raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(root))
-    model.pooling = opened.pooling
+            raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(described.root))
     return model.eval()
 
 
 def _open(root: Path) -> Opened:
     hf = read_json(root / "config.json")
-    files = _files(root)
+    files = read_headers(root)
     held = frozenset(name for entries in files.values() for name in entries)
     config, family = from_hf(hf, where=str(root / "config.json"), stored=held)
-
-    def tensors() -> Iterator[Tensors]:
-        for path, entries in files.items():
-            yield from read_tensors(path, entries)
-
-    return Opened(hf=hf, config=config, family=family, files=files, tensors=tensors, pooling=read_pooling(root))
+    maps = [Mapped(path, entries) for path, entries in files.items()]
+    return Opened(hf=hf, config=config, family=family, files=files, maps=maps, pooling=read_pooling(root))
 
 
 class Names:
@@ -181,14 +208,14 @@ def save_model(
 
 
 def save_codes(
-    model: Decoder,
+    model: coded.Quantizable,
     directory: Path | str,
     *,
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
 ) -> None:
-    """`save_model` for a decoder that was quantised: NAME.codes and NAME.scales in place of NAME.weight, all under our names; what
+    """`save_model` for a model that was quantised: NAME.codes and NAME.scales in place of NAME.weight, all under our names; what
     was not quantised in the model's dtype."""
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
@@ -227,7 +254,7 @@ def _names(table: Iterable[Stored]) -> list[str]:
     return [stored.name for stored in table]
 
 
-def _files(root: Path) -> dict[Path, dict[str, Entry]]:
+def read_headers(root: Path) -> dict[Path, dict[str, Entry]]:
     """The headers of one file, or of all shards that the index names."""
     if not (root / INDEX).exists():
         return {root / SINGLE: read_header(root / SINGLE)}

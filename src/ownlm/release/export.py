@@ -25,6 +25,7 @@ from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
+from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.gguf.write import QUANTIZATIONS, describe
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
@@ -148,7 +149,7 @@ def _write_gguf(
     model: Any, tokenizer: Tokenizer | None, path: Path, quantization: str, name: str
 ) -> tuple[str, int, tuple[str, ...]]:
     """(architecture, how many tokens its context has, notes)"""
-    if not isinstance(model, Decoder | Encoder):
+    if not isinstance(model, Decoder | Encoder | EncoderDecoder):
         kind = model.hf["model_type"]
         raise UserError(f"a model of type {kind} can't be written as GGUF.", where=name, cure='Export it with to="hf".')
     described = describe(model, QUANTIZATIONS[quantization])
@@ -165,7 +166,7 @@ def _write_gguf(
         metadata["tokenizer.ggml.model"] = "none"
         notes = (*notes, "There is no tokenizer with the model: the file takes token ids only.")
     else:
-        metadata |= to_gguf(tokenizer, model.config.vocab_size, ends=isinstance(model, Encoder))
+        metadata |= to_gguf(tokenizer, model.config.vocab_size, ends=not isinstance(model, Decoder))
     gguf.write(path, metadata, described.tensors)
     return described.architecture, int(cast(Any, described.metadata[f"{described.architecture}.context_length"])), notes
 

@@ -1,7 +1,9 @@
-"""The stage: a decoder's checkpoint in, the same one in integers out, with what that cost.
+"""The stage: a checkpoint in, the same one in integers out, with what that cost.
 
     checkpoint ─ its documents' texts ─► codes and scales, layer by layer ─► a checkpoint artifact
-                └ held-out ones ───────► perplexity, KL divergence, top-1 agreement of both
+                └ held-out ones ───────► perplexity, KL divergence, top-1 agreement of both; likeness of an encoder's states
+
+Decoders are calibrated; encoders and encoder-decoders are rounded to the nearest values, which needs no text.
 
 Calibration text is what the checkpoint learned from: the documents of its lineage, rendered by its template where it was tuned to chat.
 A checkpoint of elsewhere has none; then documents or a file of text are named.
@@ -23,14 +25,16 @@ from torch import Tensor
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import UserError
 from ownlm.formats.settings import read_json
-from ownlm.generate.checkpoint import open_checkpoint
+from ownlm.generate.checkpoint import base_of, open_checkpoint
 from ownlm.kernels.native import NativeDecoder, text_logits, unsupported
 from ownlm.lineage import lineage
-from ownlm.models.calibrate import quantize_decoder
-from ownlm.models.coded import is_quantised
-from ownlm.models.decoder import Decoder
+from ownlm.models.calibrate import quantize_decoder, quantize_rest
+from ownlm.models.coded import is_quantised, quantizable
+from ownlm.models.decoder import Decoder, DecoderConfig
+from ownlm.models.families import from_hf
 from ownlm.models.weights import save_codes
 from ownlm.records import Conversation, Document, read_jsonl
+from ownlm.release.likeness import Likeness, likeness
 from ownlm.report import Reporter, duration, quantity, size
 from ownlm.storage import sha256
 from ownlm.tokens.codec import Tokenizer
@@ -47,7 +51,7 @@ HELD_OUT_SHARE = 0.1  # of a file of text
 class QuantizeRecipe:
     """What to make of which checkpoint.
 
-    method     gptq: calibrated on `documents`; rtn: every weight to the nearest value, no text needed
+    method     gptq: calibrated on `documents`; rtn: every weight to the nearest value, no text needed; none: gptq for decoders, else rtn
     documents  a documents artifact or a file of text; none: what the checkpoint was made from. `sha256` pins a file's content
     tokens     of calibration
     """
@@ -55,7 +59,7 @@ class QuantizeRecipe:
     name: str
     checkpoint: str
     to: Precision
-    method: Method = "gptq"
+    method: Method | None = None
     documents: str | None = None
     sha256: str | None = None
     tokens: int = 32_768
@@ -81,9 +85,10 @@ class Cost:
 
 
 def quantize(recipe: QuantizeRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
-    """The checkpoint artifact in integers. UserError for what is no decoder, quantised already, or has no text to calibrate on."""
+    """The checkpoint artifact in integers. UserError for a model of images, one quantised already, or no text to calibrate on."""
     began = time.monotonic()
     source = workspace.open(recipe.checkpoint, ("checkpoint", "adapter"))
+    recipe = replace(recipe, method=method_of(recipe, source, workspace))
     texts = calibration_texts(recipe, source, workspace)
     if isinstance(texts, Path):
         recipe = replace(recipe, documents=str(texts), sha256=sha256(texts))
@@ -93,8 +98,10 @@ def quantize(recipe: QuantizeRecipe, workspace: Workspace, reporter: Reporter) -
         return found
     opened = open_checkpoint(source.path, workspace=workspace)
     model, tokenizer = opened.module, Tokenizer.load(opened.path)
-    if not isinstance(model, Decoder) or model.task is not None:
-        raise UserError("only decoders that write are quantised.", where=source.ref)
+    if not quantizable(model):
+        raise UserError(
+            "only models that read or write text are quantised, decoders without another head.", where=source.ref
+        )
     if is_quantised(read_json(opened.path / "config.json")):
         raise UserError("this is quantised already.", where=source.ref, cure="Name the checkpoint it was made from.")
     chat = tokenizer.template is not None and source.manifest.recipe.get("task") == "chat"
@@ -109,10 +116,14 @@ def quantize(recipe: QuantizeRecipe, workspace: Workspace, reporter: Reporter) -
             if calibration is None:
                 raise UserError(f"there is less text than one context of {width} tokens.", where=str(recipe.documents))
     weights = sum(parameter.numel() for parameter in model.parameters())
-    quantize_decoder(
-        model, recipe.to, calibration,
-        lambda done, all: reporter.status(f"{recipe.name}: {done} of {all} layers, {duration(time.monotonic() - began)}"),
-    )  # fmt: skip
+
+    def progress(done: int, all: int) -> None:
+        reporter.status(f"{recipe.name}: {done} of {all} layers, {duration(time.monotonic() - began)}")
+
+    if isinstance(model, Decoder):
+        quantize_decoder(model, recipe.to, calibration, progress)
+    else:
+        quantize_rest(model, recipe.to, progress)
     with workspace.create("checkpoint", recipe.name, inputs=inputs, recipe=recipe, seed=recipe.seed) as draft:
         save_codes(
             model, draft.path,
@@ -128,7 +139,12 @@ def quantize(recipe: QuantizeRecipe, workspace: Workspace, reporter: Reporter) -
         }
         if held_out is not None:
             reporter.status(f"{recipe.name}: comparing with the original on held-out text")
-            cost = compare(open_checkpoint(source.path, workspace=workspace).module, model, held_out)
+            original = open_checkpoint(source.path, workspace=workspace).module
+            cost: Cost | Likeness
+            if isinstance(model, Decoder):
+                cost = compare(original, model, held_out)
+            else:
+                cost = likeness(original, model, held_out)
             draft.facts["held_out"] = asdict(cost)
     tell(draft.done, source, draft.facts, time.monotonic() - began, reporter)
     return draft.done
@@ -141,7 +157,13 @@ def tell(made: Artifact, source: Artifact, facts: Mapping[str, Any], seconds: fl
         f"{made.ref}: {about['to']} by {about['method']}, {about['bits_per_weight']:.2f} bits per weight, {size(made.bytes)} "
         f"(the original {size(source.bytes)}), in {duration(seconds)}"
     )
-    if held := facts.get("held_out"):
+    held = facts.get("held_out")
+    if held and "cosine" in held:
+        reporter.line(
+            f"on held-out text the final states' cosine with the original's is {held['cosine']:.5f} (of the least alike row "
+            f"{held['lowest']:.5f}), over {quantity(held['tokens'])} tokens, computed by {held['computed_by']}"
+        )
+    elif held:
         reporter.table(
             ["on held-out text", "original", made.ref],
             [
@@ -154,6 +176,18 @@ def tell(made: Artifact, source: Artifact, facts: Mapping[str, Any], seconds: fl
         )
         reporter.line(f"over {quantity(held['tokens'])} tokens, computed by {held['computed_by']}")
     reporter.event("quantized", ref=made.ref, path=made.path, bytes=made.bytes, seconds=seconds, **facts)
+
+
+def method_of(recipe: QuantizeRecipe, source: Artifact, workspace: Workspace) -> Method:
+    """The one asked for, or the better of those there are. UserError for a calibrated encoder."""
+    folder = (base_of(source, workspace) if source.kind == "adapter" else source).path
+    hf = read_json(folder / "config.json")
+    config, _ = from_hf({key: value for key, value in hf.items() if key != "quantization_config"}, where=source.ref)
+    if isinstance(config, DecoderConfig):
+        return recipe.method or "gptq"
+    if recipe.method == "gptq":
+        raise UserError("only decoders are calibrated.", where=source.ref, cure="Round to the nearest: --method rtn.")
+    return "rtn"
 
 
 @torch.inference_mode()
@@ -252,7 +286,7 @@ def settings(
     ref: str | Path,
     *,
     to: Precision,
-    method: Method = "gptq",
+    method: Method | None = None,
     documents: str | Path | None = None,
     name: str | None = None,
     workspace: Workspace,

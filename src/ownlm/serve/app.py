@@ -17,8 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from ownlm.artifact import Workspace
 from ownlm.generate.model import Model
 from ownlm.serve import openai, replicate
+from ownlm.serve.adapters import Loading
 from ownlm.serve.guard import Access, Guard, Keys, check_access, error_body
 from ownlm.serve.journal import Journal
 from ownlm.serve.service import Handler, Service, endpoint
@@ -33,6 +35,7 @@ def create_app(
     model: Model,
     *,
     api_keys: Collection[str] = (),
+    admin_keys: Collection[str] = (),
     allowed_hosts: Collection[str] = (),
     allowed_origins: Collection[str] = (),
     slots: int = SLOTS,
@@ -40,21 +43,25 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     record: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
     record_text: bool = False,
+    workspace: Workspace | None = None,
 ) -> Starlette:
     """An app that serves one model.
 
-    api_keys         who may use the API; none: everybody who can reach it
+    api_keys         who may use the API; none: everybody who can reach it. As {key: least priority} they say how far before
+                     others each may go with `priority` (smaller goes first); otherwise at 0, before nobody
+    admin_keys       who may load and unload adapters; none: nobody where there are API keys, otherwise everybody
     allowed_hosts    host names besides localhost and IP addresses
     allowed_origins  pages besides our own that may send requests, e.g. behind a TLS proxy
     slots            answers generated at the same time; max_waiting more may wait, beyond that 429
     record           gets the requests' records in batches, in a thread of its own
     record_text      keep prompts and answers in the records
+    workspace        where references of adapters are looked up; None: that of `device.home()`
     Raises UserError for a route without an access policy and for API keys that are too weak.
     """
     keys = Keys(api_keys)
     journal = Journal(record) if record else None
-    service = Service(model, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
-    predictions = replicate.Predictions()
+    service = Service(model, keys=keys, slots=slots, max_waiting=max_waiting, journal=journal, record_text=record_text)
+    predictions, loading = replicate.Predictions(), Loading(workspace)
 
     api: tuple[tuple[str, str, Handler], ...] = (
         ("GET", "/v1/models", openai.models),
@@ -70,11 +77,15 @@ def create_app(
         ("GET", "/v1/models/{owner}/{name}", replicate.model),
         ("GET", "/v1/models/{id}", openai.model),
     )
+    admin: tuple[tuple[str, str, Handler], ...] = (
+        ("POST", "/v1/load_lora_adapter", loading.load),
+        ("POST", "/v1/unload_lora_adapter", loading.unload),
+    )
     routes = [
         Route("/health", health(service), methods=["GET"]),
         Route("/metrics", metrics(service), methods=["GET"]),
         *(Route("/" if name == "index.html" else f"/{name}", page(name), methods=["GET"]) for name in PAGE),
-        *(Route(path, endpoint(service, path, handler), methods=[method]) for method, path, handler in api),
+        *(Route(path, endpoint(service, path, handler), methods=[method]) for method, path, handler in (*api, *admin)),
     ]
     access: dict[str, Access] = {
         "/health": "public",
@@ -84,6 +95,7 @@ def create_app(
         "/chat.js": "public",
         "/favicon.svg": "public",
         **{path: "key" for _, path, _ in api},
+        **{path: "admin" for _, path, _ in admin},
     }
     check_access(routes, access)
 
@@ -101,6 +113,7 @@ def create_app(
         routes=routes,
         access=access,
         keys=keys,
+        admin_keys=Keys(admin_keys),
         allowed_hosts=allowed_hosts,
         allowed_origins=allowed_origins,
         max_body_bytes=max_body_bytes,
@@ -146,6 +159,8 @@ def metrics(service: Service) -> Callable[[Request], Response]:
             waiting=len(engine.waiting),
             cache_usage=engine.cache_usage,
             faults=worker.faults,
+            drafted=engine.drafted_tokens,
+            accepted=engine.accepted_tokens,
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -13,7 +13,8 @@ import hashlib
 import hmac
 import ipaddress
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from starlette.routing import BaseRoute, Match, Route
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ownlm.errors import UserError
 
-Access: TypeAlias = Literal["public", "key"]
+Access: TypeAlias = Literal["public", "key", "admin"]
 
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16_384
@@ -44,7 +45,7 @@ SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
 
 
 class Keys:
-    """API keys, kept as SHA-256 only."""
+    """API keys, kept as SHA-256 only, and the least priority of each (0 where `keys` is no mapping)."""
 
     def __init__(self, keys: Collection[str]) -> None:
         if any(len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key for key in keys):
@@ -54,6 +55,8 @@ class Keys:
                 cure='`python -c "import secrets; print(secrets.token_urlsafe(24))"` makes one.',
             )
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        least = [keys[key] if isinstance(keys, Mapping) else 0 for key in keys]
+        self.least = dict(zip(map(_key_id, self.digests), least, strict=True))
 
     @property
     def required(self) -> bool:
@@ -64,7 +67,15 @@ class Keys:
         scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
         matches = [digest for digest in self.digests if hmac.compare_digest(given, digest)]
-        return matches[0].hex()[:8] if matches and scheme.lower() == "bearer" else None
+        return _key_id(matches[0]) if matches and scheme.lower() == "bearer" else None
+
+    def least_priority(self, key_id: str | None) -> float:
+        """The smallest priority that requests with this key may have; without keys there is nobody to push aside."""
+        return self.least[key_id] if self.required and key_id is not None else -math.inf
+
+
+def _key_id(digest: bytes) -> str:
+    return digest.hex()[:8]
 
 
 def check_access(routes: Sequence[BaseRoute], declared: dict[str, Access]) -> None:
@@ -72,7 +83,9 @@ def check_access(routes: Sequence[BaseRoute], declared: dict[str, Access]) -> No
     open_routes = [route for route in routes if not isinstance(route, Route) or route.path not in declared]
     if open_routes:
         names = ", ".join(str(getattr(route, "path", route)) for route in open_routes)
-        raise UserError(f"no access policy is declared for {names}.", where="routes", cure='Declare "public" or "key".')
+        raise UserError(
+            f"no access policy is declared for {names}.", where="routes", cure='Declare "public", "key" or "admin".'
+        )
 
 
 def host_allowed(host: str, allowed: Collection[str]) -> bool:
@@ -105,11 +118,13 @@ class Guard:
         routes: Sequence[BaseRoute],
         access: dict[str, Access],
         keys: Keys,
+        admin_keys: Keys,
         allowed_hosts: Collection[str],
         allowed_origins: Collection[str],
         max_body_bytes: int,
     ) -> None:
-        self.app, self.routes, self.access, self.keys = app, routes, access, keys
+        self.app, self.routes, self.access = app, routes, access
+        self.keys, self.admin_keys = keys, admin_keys
         self.allowed_hosts = {name.lower() for name in allowed_hosts}
         self.allowed_origins = {origin.lower().rstrip("/") for origin in allowed_origins}
         self.max_body_bytes = max_body_bytes
@@ -168,10 +183,17 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and origin not in {f"{scope['scheme']}://{host}".lower(), *self.allowed_origins}:
             return 403, "Requests from other pages are not allowed.", "origin_not_allowed"
-        if self.policy(scope) == "key":
+        policy = self.policy(scope)
+        if policy == "key":
             scope["key_id"] = key_id = self.keys.find(headers.get(b"authorization", b"").decode("latin-1"))
             if self.keys.required and key_id is None:
                 return 401, "This server needs an API key: Authorization: Bearer KEY.", "invalid_api_key"
+        if policy == "admin" and (self.keys.required or self.admin_keys.required):
+            if not self.admin_keys.required:
+                return 403, "This server was started without OWNLM_ADMIN_KEYS: nobody may do that.", "no_admin_keys"
+            scope["key_id"] = self.admin_keys.find(headers.get(b"authorization", b"").decode("latin-1"))
+            if scope["key_id"] is None:
+                return 401, "This needs an administrator's key: Authorization: Bearer KEY.", "invalid_admin_key"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15:
             return 400, "Content-Length is not a number.", "invalid_header"

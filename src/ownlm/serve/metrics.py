@@ -77,6 +77,10 @@ class Metrics:
         self.records_lost.add(0)
         self.prompt_tokens = Counter("vllm:prompt_tokens_total", "Number of prefill tokens processed.")
         self.generation_tokens = Counter("vllm:generation_tokens_total", "Number of generation tokens processed.")
+        self.drafted = Counter("vllm:spec_decode_num_draft_tokens_total", "Number of drafted tokens.")
+        self.accepted = Counter(
+            "vllm:spec_decode_num_accepted_tokens_total", "Number of drafted tokens that came true."
+        )
         self.success = Counter("vllm:request_success_total", "Count of successfully processed requests.")
         self.first_token = Histogram("vllm:time_to_first_token_seconds", "Time to the first token.", SECONDS)
         self.per_token = Histogram("vllm:inter_token_latency_seconds", "Time per token after the first.", SECONDS)
@@ -109,12 +113,16 @@ class Metrics:
             if completion_tokens > 1:
                 self.per_token.observe((latency_s - first_token_s) / (completion_tokens - 1), **self.model)
 
-    def text(self, *, running: int, waiting: int, cache_usage: float, faults: int) -> str:
+    def text(
+        self, *, running: int, waiting: int, cache_usage: float, faults: int, drafted: int = 0, accepted: int = 0
+    ) -> str:
         """The page that Prometheus reads, with the engine's state of this moment."""
         self.running.set(running, **self.model)
         self.waiting.set(waiting, **self.model)
         self.cache.set(cache_usage, **self.model)
         self.engine_faults.set(faults)
+        self.drafted.set(drafted, **self.model)
+        self.accepted.set(accepted, **self.model)
         lines: list[str] = []
         for metric in vars(self).values():
             if isinstance(metric, Counter | Histogram):

@@ -12,6 +12,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ownlm.generate.adapters import Adapter
+from ownlm.generate.answers import best
 from ownlm.generate.sampling import Token
 from ownlm.generate.sequence import Event
 from ownlm.serve.guard import error_body
@@ -22,38 +24,45 @@ from ownlm.serve.worker import EngineFault
 Entry = tuple[int, Token]  # where a token's text starts, and the token
 
 
-def model_card(service: Service) -> dict[str, Any]:
-    """A model as /v1/models tells it; `max_model_len` is vLLM's name for the context."""
-    return {
+def model_card(service: Service, adapter: Adapter | None = None) -> dict[str, Any]:
+    """The model, or an adapter of it, as /v1/models tells it; `max_model_len` and `parent` are vLLM's names for the context and for
+    an adapter's base."""
+    card = {
         "id": service.model.name,
         "object": "model",
         "created": service.started,
         "owned_by": "ownlm",
-        "max_model_len": service.model.context,
+        "max_model_len": service.worker.engine.context,
         "ref": service.model.ref,
     }
+    own = {} if adapter is None else {"id": adapter.name, "ref": adapter.ref, "parent": service.model.name}
+    return card | own
 
 
 async def models(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models"""
-    return JSONResponse({"object": "list", "data": [model_card(exchange.service)]})
+    service = exchange.service
+    return JSONResponse(
+        {"object": "list", "data": [model_card(service, adapter) for adapter in (None, *service.adapters())]}
+    )
 
 
 async def model(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models/{id}"""
-    exchange.service.check_model(request.path_params["id"])
-    return JSONResponse(model_card(exchange.service))
+    adapter = exchange.service.chosen(request.path_params["id"])
+    return JSONResponse(model_card(exchange.service, adapter))
 
 
 async def chat_completions(exchange: Exchange, request: Request) -> Response:
     """POST /v1/chat/completions"""
     wire = parse(ChatRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
+    adapter = service.chosen(wire.model)
     sampling = await service.prepared(wire.sampling())
-    exchange.submit([await service.tokens([message.message() for message in wire.messages])], sampling)
+    prompt = await service.tokens([message.message() for message in wire.messages])
+    exchange.submit([prompt], sampling, adapter=adapter, priority=wire.priority, deadline=wire.deadline)
     head = {"id": f"chatcmpl-{exchange.id}", "created": int(time.time()), "model": wire.model}
-    if service.model.digest:
+    if service.model.digest and adapter is None:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
 
     def entries(tokens: list[Entry]) -> dict[str, Any] | None:
@@ -97,16 +106,17 @@ async def completions(exchange: Exchange, request: Request) -> Response:
     """POST /v1/completions"""
     wire = parse(CompletionRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
+    adapter = service.chosen(wire.model)
     given = wire.prompts()
     prompts = [await service.tokens(prompt) for prompt in given]
-    exchange.submit(prompts, await service.prepared(wire.sampling()))
+    sampling = await service.prepared(wire.sampling())
+    exchange.submit(prompts, sampling, adapter=adapter, priority=wire.priority, deadline=wire.deadline)
     decode = service.model.tokenizer.decode
     echoed = [
         (prompt if isinstance(prompt, str) else decode(prompt, special=True)) if wire.echo else "" for prompt in given
     ]
     head = {"id": f"cmpl-{exchange.id}", "object": "text_completion", "created": int(time.time()), "model": wire.model}
-    if service.model.digest:
+    if service.model.digest and adapter is None:
         head["system_fingerprint"] = f"fp_{service.model.digest[:10]}"
 
     def body(index: int, text: str, tokens: list[Entry], first: Event | None, reason: str | None) -> dict[str, Any]:
@@ -142,8 +152,10 @@ async def embeddings(exchange: Exchange, request: Request) -> Response:
     """POST /v1/embeddings"""
     wire = parse(EmbeddingRequest, await read_body(request))
     service = exchange.service
-    service.check_model(wire.model)
-    size = service.model.decoder.config.hidden_size
+    if service.chosen(wire.model) is not None:
+        message = f"{wire.model!r} is an adapter, which writes. Embeddings are made by {service.model.name!r}."
+        raise BadRequest(message, param="model")
+    size = service.model.shapes.config.hidden_size
     if wire.dimensions not in {None, size}:
         raise BadRequest(f"This model's embeddings have {size} dimensions.", param="dimensions")
     ids = [await service.tokens(text) for text in wire.texts()]
@@ -167,16 +179,30 @@ Answer = tuple[str, list[Entry], Event, Event]  # text, visible tokens, first an
 
 
 async def gather(exchange: Exchange) -> list[Answer]:
-    """All answers of a request, in the order of choices."""
+    """All answers of a request, in the order of choices; with `best_of` the best of those to each prompt."""
     answers: dict[int, tuple[list[str], list[Entry], Visible, list[Event]]] = {}
     async for batch in exchange.batches():
         for index, event in batch:
-            texts, tokens, visible, ends = answers.setdefault(index, ([], [], Visible(), [event, event]))
+            texts, tokens, visible, events = answers.setdefault(index, ([], [], Visible(), []))
             texts.append(event.text)
             tokens += visible.push(event)
-            ends[1] = event
-    ordered = [answers[index] for index in sorted(answers)]
-    return [("".join(texts), tokens, first, last) for texts, tokens, _, (first, last) in ordered]
+            events.append(event)
+    assert exchange.sampling is not None, "nothing was submitted"
+    n, written = exchange.sampling.n, exchange.sampling.answers
+    given: list[int] = []
+    for first in range(0, len(answers), written):
+        of_prompt = range(first, first + written)
+        logprobs = [[_logprob(event) for event in answers[index][3] if event.token] for index in of_prompt]
+        given += [first + place for place in best(logprobs, n)] if written > n else of_prompt
+    return [
+        ("".join(texts), tokens, events[0], events[-1]) for texts, tokens, _, events in (answers[at] for at in given)
+    ]
+
+
+def _logprob(event: Event) -> float:
+    assert event.token is not None
+    assert event.token.logprob is not None
+    return event.token.logprob
 
 
 Choices = Callable[[int, Event, list[Entry]], list[dict[str, Any]]]

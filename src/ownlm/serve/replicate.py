@@ -21,6 +21,7 @@ from typing import Any, Literal
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ownlm.generate.adapters import Adapter
 from ownlm.serve.service import CLIENT_GONE, EventStream, Exchange, Service, read_body
 from ownlm.serve.wire import BadRequest, PredictionRequest, parse
 from ownlm.serve.worker import EngineFault
@@ -121,8 +122,8 @@ class Prediction:
         }
         return {
             "id": self.id,
-            "model": f"{OWNER}/{service.model.name}",
-            "version": version_id(service),
+            "model": f"{OWNER}/{name_of(service, self.exchange.adapter)}",
+            "version": version_id(service, self.exchange.adapter),
             "status": self.status,
             "input": self.inputs,
             "output": self.output if self.output or self.done else None,
@@ -162,15 +163,17 @@ class Predictions:
     async def create(self, exchange: Exchange, request: Request) -> Response:
         """POST /v1/predictions and /v1/models/{owner}/{name}/predictions"""
         service, named = exchange.service, "name" in request.path_params
-        if named:
-            check_name(service, request)
+        adapter = named_adapter(service, request) if named else None
         wire = parse(PredictionRequest, await read_body(request))
-        if wire.version not in {None, version_id(service)} or (wire.version is None and not named):
-            raise BadRequest(f"This server has version {version_id(service)}.", param="version", status=422)
+        versions = {version_id(service, one): one for one in ([adapter] if named else [None, *service.adapters()])}
+        if not (named and wire.version is None):
+            if wire.version not in versions:
+                raise BadRequest(f"This server has version {', '.join(versions)}.", param="version", status=422)
+            adapter = versions[wire.version]
         wait_s = preferred_wait(request.headers.get("prefer", ""))
         # The exchange of the HTTP request ends with its answer; the prediction has one of its own.
         work = Exchange(service, exchange.route, exchange.key_id, http=False)
-        work.submit([await service.tokens(wire.input.question())], wire.input.sampling())
+        work.submit([await service.tokens(wire.input.question())], wire.input.sampling(), adapter=adapter)
         prediction = Prediction(work, wire.input.model_dump(exclude_unset=True))
         self.add(prediction)
         if wait_s:
@@ -201,14 +204,14 @@ class Predictions:
 
 async def model(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models/{owner}/{name}"""
-    check_name(exchange.service, request)
     service = exchange.service
+    adapter = named_adapter(service, request)
     return JSONResponse(
         {
             "url": str(request.base_url),
             "owner": OWNER,
-            "name": service.model.name,
-            "description": service.model.ref,
+            "name": name_of(service, adapter),
+            "description": service.model.ref if adapter is None else adapter.ref,
             "visibility": "private",
             "github_url": None,
             "paper_url": None,
@@ -216,42 +219,50 @@ async def model(exchange: Exchange, request: Request) -> Response:
             "run_count": 0,
             "cover_image_url": None,
             "default_example": None,
-            "latest_version": version(service),
+            "latest_version": version(service, adapter),
         }
     )
 
 
 async def model_version(exchange: Exchange, request: Request) -> Response:
     """GET /v1/models/{owner}/{name}/versions/{version}"""
-    check_name(exchange.service, request)
-    if request.path_params["version"] != version_id(exchange.service):
-        raise BadRequest(f"This server has version {version_id(exchange.service)}.", status=404)
-    return JSONResponse(version(exchange.service))
+    adapter = named_adapter(exchange.service, request)
+    if request.path_params["version"] != (known := version_id(exchange.service, adapter)):
+        raise BadRequest(f"This server has version {known}.", status=404)
+    return JSONResponse(version(exchange.service, adapter))
 
 
-def version(service: Service) -> dict[str, Any]:
+def version(service: Service, adapter: Adapter | None) -> dict[str, Any]:
     """The version with the schema that tells the client to iterate over the output."""
     output = {"type": "array", "items": {"type": "string"}, "x-cog-array-type": "iterator"}
     output["x-cog-array-display"] = "concatenate"
     return {
-        "id": version_id(service),
+        "id": version_id(service, adapter),
         "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
         "cog_version": "0.9.0",
         "openapi_schema": {"components": {"schemas": {"Output": output}}},
     }
 
 
-def version_id(service: Service) -> str:
-    """The checkpoint's digest; for a model without one, a hash of its reference."""
-    return service.model.digest or hashlib.sha256(service.model.ref.encode()).hexdigest()
+def version_id(service: Service, adapter: Adapter | None = None) -> str:
+    """The checkpoint's digest; for a model without one, a hash of its reference; for an adapter, one of both references."""
+    if adapter is None:
+        return service.model.digest or hashlib.sha256(service.model.ref.encode()).hexdigest()
+    return hashlib.sha256(f"{version_id(service)} {adapter.ref}".encode()).hexdigest()
 
 
-def check_name(service: Service, request: Request) -> None:
-    """Raise BadRequest (404) for another model than ours."""
+def name_of(service: Service, adapter: Adapter | None) -> str:
+    return service.model.name if adapter is None else adapter.name
+
+
+def named_adapter(service: Service, request: Request) -> Adapter | None:
+    """The adapter in the address, None for the model itself. Raises BadRequest (404) for another model than ours."""
     owner, name = request.path_params["owner"], request.path_params["name"]
-    if (owner, name) != (OWNER, service.model.name):
-        message = f"There is no model {owner}/{name}. This server has {OWNER}/{service.model.name}."
+    served = {name_of(service, one): one for one in (None, *service.adapters())}
+    if owner != OWNER or name not in served:
+        message = f"There is no model {owner}/{name}. This server has {', '.join(f'{OWNER}/{one}' for one in served)}."
         raise BadRequest(message, status=404, code="model_not_found")
+    return served[name]
 
 
 def preferred_wait(prefer: str) -> float:

@@ -3,7 +3,7 @@
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from ownlm import device
 from ownlm.artifact import Workspace
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
-from ownlm.generate.model import Model, load_decoder
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load_decoder
+from ownlm.kernels.native import KV
 from ownlm.report import Reporter
 from ownlm.serve.app import MAX_WAITING, SLOTS, create_app
 from ownlm.serve.guard import MAX_HEADER_BYTES, Keys
@@ -26,14 +28,18 @@ def serve(
     ref: str | Path | Model,
     *,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    draft: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_keys: Collection[str] = (),
+    admin_keys: Collection[str] = (),
     allowed_hosts: Collection[str] = (),
     allowed_origins: Collection[str] = (),
     workspace: Workspace | None = None,
     reporter: Reporter | None = None,
     slots: int = SLOTS,
+    kv: KV | None = None,
     max_waiting: int = MAX_WAITING,
     record_text: bool = False,
     ready: Callable[[uvicorn.Server, str], None] | None = None,
@@ -41,13 +47,17 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
-    adapter, tensor_parallel  for a model that is named, as in `load`
-    ready    called with the running server and its address once it answers; `server.should_exit = True` ends it
+    adapter     merged into a model that is named, as in `load`
+    adapters    by name, to be asked for as models beside it; more may come and go over HTTP
+    admin_keys  who may load and unload adapters, see `create_app`
+    draft, tensor_parallel  for a model that is named, as in `load`
+    kv          how keys and values are kept, as `Model` has it; None: as the model is set
+    ready       called with the running server and its address once it answers; `server.should_exit = True` ends it
     Raises Busy when the port is taken, UserError beyond loopback without API keys, what `load` raises, and RankLost when a process of
     a split model ends.
     """
     reporter = reporter or Reporter.silent()
-    Keys(api_keys)
+    Keys(api_keys), Keys(admin_keys)
     if not api_keys and not is_loopback(host):
         raise UserError(
             f"{host} can be reached from other machines, and there is no API key.",
@@ -58,17 +68,24 @@ def serve(
         workspace = workspace or Workspace(device.home(), reporter)
         model = ref
         if not isinstance(model, Model):
-            model = load_decoder(model, adapter=adapter, workspace=workspace, tensor_parallel=tensor_parallel)
+            model = load_decoder(
+                model, adapter=adapter, draft=draft, workspace=workspace, tensor_parallel=tensor_parallel
+            )
+        for name, one in (adapters or {}).items():
+            model.adapters.load(name, one, workspace=workspace)
+        model.kv = kv or model.kv
         with closing(Catalog(workspace.root)) as catalog:
             app = create_app(
                 model,
                 api_keys=api_keys,
+                admin_keys=admin_keys,
                 allowed_hosts=allowed_hosts,
                 allowed_origins=allowed_origins,
                 slots=slots,
                 max_waiting=max_waiting,
                 record=catalog.record_requests,
                 record_text=record_text,
+                workspace=workspace,
             )
             config = uvicorn.Config(
                 app,
@@ -122,7 +139,11 @@ def announce(
     reporter.line(f"{model.ref} answers at {address}  (chat page; Ctrl-C stops)")
     reporter.line(f"  OpenAI     base_url={address}/v1  model={model.name}")
     reporter.line(f"  Replicate  REPLICATE_BASE_URL={address}  model=ownlm/{model.name}")
-    reporter.event("serving", address=address, model=model.ref)
+    for one in model.loaded_adapters:
+        reporter.line(f"  adapter    model={one.name}  ({one.ref})")
+    reporter.event(
+        "serving", address=address, model=model.ref, adapters={one.name: one.ref for one in model.loaded_adapters}
+    )
     if ready is not None:
         ready(server, address)
 

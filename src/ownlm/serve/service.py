@@ -19,10 +19,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.model import Model, Prompt
+from ownlm.generate.adapters import Adapter
+from ownlm.generate.model import Model
+from ownlm.generate.prompts import Prompt
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.sequence import Event
-from ownlm.serve.guard import BodyTooLarge, error_body
+from ownlm.serve.guard import BodyTooLarge, Keys, error_body
 from ownlm.serve.journal import Journal
 from ownlm.serve.metrics import Metrics
 from ownlm.serve.wire import BadRequest
@@ -44,9 +46,9 @@ class Service:
     """The model being served. Lives as long as the app."""
 
     def __init__(
-        self, model: Model, *, slots: int, max_waiting: int, journal: Journal | None, record_text: bool
+        self, model: Model, *, keys: Keys, slots: int, max_waiting: int, journal: Journal | None, record_text: bool
     ) -> None:
-        self.model, self.journal, self.record_text = model, journal, record_text
+        self.model, self.keys, self.journal, self.record_text = model, keys, journal, record_text
         self.worker = Worker(model, slots=slots)
         self.metrics = Metrics(model.name)
         self.max_answers = self.worker.engine.slots + max_waiting
@@ -54,11 +56,20 @@ class Service:
         self.started = int(time.time())
         self.token_bytes = functools.lru_cache(maxsize=65_536)(functools.partial(token_bytes, model.tokenizer))
 
-    def check_model(self, name: str) -> None:
-        """Raise BadRequest (404) for a model that isn't served here."""
-        if name not in {self.model.name, self.model.ref}:
-            message = f"The model {name!r} does not exist here. This server has {self.model.name!r}."
+    def adapters(self) -> list[Adapter]:
+        """Those that are loaded now; none for a model that can have none."""
+        return self.model.loaded_adapters
+
+    def chosen(self, name: str) -> Adapter | None:
+        """The adapter of that name, None for the model itself. Raises BadRequest (404) for a model that isn't served here."""
+        if name in {self.model.name, self.model.ref}:
+            return None
+        loaded = {adapter.name: adapter for adapter in self.adapters()}
+        if name not in loaded:
+            served = ", ".join(map(repr, [self.model.name, *loaded]))
+            message = f"The model {name!r} does not exist here. This server has {served}."
             raise BadRequest(message, param="model", status=404, code="model_not_found")
+        return loaded[name]
 
     async def tokens(self, prompt: Prompt | list[int]) -> list[int]:
         """The tokens of a prompt, long texts in a thread of their own."""
@@ -86,20 +97,37 @@ class Exchange:
         self.started, self.began_s = datetime.now(UTC), time.monotonic()
         self.ticket: Ticket | None = None
         self.sampling: Sampling | None = None
+        self.adapter: Adapter | None = None
         self.prompt_tokens = self.completion_tokens = 0
         self.first_token_s: float | None = None
         self.finish_reason: str | None = None
         self.prompt_text, self.answer_text = "", ""
         self.ended = False
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Queue the prompts. Raises BadRequest (429 when too much is waiting), ContextTooLong or UserError."""
-        service, answers = self.service, len(prompts) * sampling.n
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        adapter: Adapter | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> None:
+        """Queue the prompts. Raises BadRequest (429 when too much is waiting, 403 for a priority that isn't this key's),
+        ContextTooLong or UserError."""
+        service, answers = self.service, len(prompts) * sampling.answers
         if answers > service.max_answers:
             raise BadRequest(f"This request asks for {answers} answers; at most {service.max_answers} may be open.")
         if service.open_answers + answers > service.max_answers:
             raise BadRequest("Too many requests are waiting. Try again soon.", status=429, code="queue_full")
-        self.ticket = service.worker.submit(prompts, sampling, tenant=self.key_id or "")
+        least = service.keys.least_priority(self.key_id)
+        if priority < least:
+            message = f"With this API key the least priority is {least}, not {priority}."
+            raise BadRequest(message, param="priority", status=403, code="priority_not_allowed")
+        self.ticket = service.worker.submit(
+            prompts, sampling, adapter=adapter, tenant=self.key_id or "", priority=priority, deadline=deadline
+        )
+        self.adapter = adapter
         service.open_answers += answers
         self.sampling = sampling
         self.prompt_tokens = sum(map(len, prompts))
@@ -137,7 +165,7 @@ class Exchange:
         self.ended = True
         service, latency_s = self.service, time.monotonic() - self.began_s
         if self.ticket is not None:
-            service.open_answers -= len(self.ticket.prompts) * self.ticket.sampling.n
+            service.open_answers -= self.ticket.answers
             if self.ticket.open:
                 service.worker.cancel(self.ticket)
                 self.finish_reason = "error" if status >= 500 else "abort"
@@ -159,7 +187,7 @@ class Exchange:
             "id": self.id,
             "started": self.started.replace(tzinfo=None),
             "route": self.route,
-            "model": self.service.model.ref,
+            "model": self.service.model.ref if self.adapter is None else self.adapter.ref,
             "key_id": self.key_id,
             "status": status,
             "prompt_tokens": self.prompt_tokens,

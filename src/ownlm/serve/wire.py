@@ -20,6 +20,8 @@ from ownlm.records import Message
 MAX_PROMPTS = 256  # prompts of one request, times n
 MAX_N = 64
 MAX_STOPS = 16
+MAX_PRIORITY = 1000
+MAX_DEADLINE_S = 86_400.0
 
 # Names a client may give its request. They reach nobody and change nothing.
 LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
@@ -131,7 +133,7 @@ class Generation(Choosing):
     """What chat and completion requests share."""
 
     labels = LABELS
-    neutral = NEUTRAL
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     model: Text
     n: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] = 1
@@ -139,6 +141,10 @@ class Generation(Choosing):
     response_format: Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")] = AnyText(type="text")
     guided_regex: Text | None = None  # these two as vLLM has them
     guided_grammar: Text | None = None
+    priority: Annotated[int, Field(strict=True, ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = (
+        0  # as vLLM has it: smaller goes first
+    )
+    deadline: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S)] | None = None  # seconds from now
     stream: Flag = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -196,6 +202,8 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions"""
 
+    neutral = {name: values for name, values in NEUTRAL.items() if name != "best_of"}
+
     prompt: (
         Text
         | Annotated[list[TokenId], Field(min_length=1)]
@@ -203,6 +211,7 @@ class CompletionRequest(Generation):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(strict=True, ge=0)] = 16  # OpenAI's default
+    best_of: Annotated[int, Field(strict=True, ge=1, le=MAX_N)] | None = None
     echo: Flag = False
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -210,8 +219,12 @@ class CompletionRequest(Generation):
     def _agrees(self) -> "CompletionRequest":
         if not self.max_tokens and not self.echo:
             raise ValueError("max_tokens=0 needs echo=true")
-        if len(self.prompts()) * self.n > MAX_PROMPTS:
-            raise ValueError(f"prompts times n must be at most {MAX_PROMPTS}")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError("n must be at most best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("which answers are best is known at the end only: best_of takes no stream")
+        if len(self.prompts()) * (self.best_of or self.n) > MAX_PROMPTS:
+            raise ValueError(f"prompts times n (or best_of) must be at most {MAX_PROMPTS}")
         return self
 
     def prompts(self) -> list[str | list[int]]:
@@ -219,7 +232,9 @@ class CompletionRequest(Generation):
         return each(self.prompt)
 
     def sampling(self) -> Sampling:
-        return self.settings(max_tokens=self.max_tokens, echo=self.echo, logprobs=self.logprobs or 0)
+        return self.settings(
+            max_tokens=self.max_tokens, best_of=self.best_of, echo=self.echo, logprobs=self.logprobs or 0
+        )
 
 
 class EmbeddingRequest(Wire):
@@ -243,6 +258,22 @@ class EmbeddingRequest(Wire):
     def texts(self) -> list[str | list[int]]:
         """Every input, as text or tokens."""
         return each(self.input)
+
+
+class LoadAdapter(Wire):
+    """POST /v1/load_lora_adapter, as vLLM has it. `lora_path` is a reference, or a folder that PEFT wrote."""
+
+    lora_name: Text
+    lora_path: Text
+    load_inplace: Flag = False  # it may take the place of one of that name
+
+
+class UnloadAdapter(Wire):
+    """POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"lora_int_id": ()}
+
+    lora_name: Text
 
 
 class PredictionInput(Choosing):

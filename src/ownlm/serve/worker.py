@@ -10,11 +10,13 @@ Nothing else touches the model while the worker runs, so the engine needs no loc
 import asyncio
 import queue
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
+from ownlm.generate.adapters import Adapter
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.parallel import RankLost
@@ -30,16 +32,16 @@ class EngineFault(Exception):
 
 
 class Ticket:
-    """The answers to one HTTP request: `n` to each of its prompts. Lives on the event loop."""
+    """The answers to one HTTP request, several to each of its prompts. Lives on the event loop."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.prompts, self.sampling = prompts, sampling
-        self.open = len(prompts) * sampling.n
+        self.answers = self.open = len(prompts) * sampling.answers
         self.queue: asyncio.Queue[Batch | EngineFault] = asyncio.Queue()
         self.requests: list[int] = []  # the engine's ids; the worker thread writes them
 
     async def batches(self) -> AsyncIterator[Batch]:
-        """(choice, event) pairs, one list per step, until all answers have ended. Choice = prompt * n + answer."""
+        """(choice, event) pairs, one list per step, until all answers have ended. Choice = prompt * answers to each + answer."""
         while self.open:
             batch = await self.queue.get()
             if isinstance(batch, EngineFault):
@@ -76,18 +78,30 @@ class Worker:
     def alive(self) -> bool:
         return self.thread.is_alive()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sampling, tenant: str = "") -> Ticket:
-        """Queue the prompts of a tenant. Raises ContextTooLong or UserError at once, in the caller's thread; EngineFault when the
-        model is lost."""
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        adapter: Adapter | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> Ticket:
+        """Queue the prompts of a tenant; the rest as `Engine.add` has it. Raises ContextTooLong or UserError at once, in the
+        caller's thread; EngineFault when the model is lost."""
         if self.lost is not None:
             raise EngineFault(str(self.lost))
         for prompt in prompts:
-            self.engine.check(prompt, sampling)
-        ticket = Ticket(prompts, sampling)
+            self.engine.check(prompt, sampling, adapter)
+        ticket, came = Ticket(prompts, sampling), time.monotonic()
 
         def begin() -> None:
+            left = None if deadline is None else deadline - (time.monotonic() - came)
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(prompt, sampling, tenant=tenant)
+                request = self.engine.add(
+                    prompt, sampling, adapter=adapter, tenant=tenant, priority=priority, deadline=left
+                )
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 
@@ -128,6 +142,7 @@ class Worker:
                     if command is None:
                         return
                     command()
+                    del command  # with all that it holds, such as an adapter
                 self._step()
         except RankLost as fault:
             self.lost = fault
@@ -149,7 +164,7 @@ class Worker:
         batches: dict[Ticket, Batch] = {}
         for event in events:
             ticket, prompt = self.tickets[event.request]
-            batches.setdefault(ticket, []).append((prompt * ticket.sampling.n + event.index, event))
+            batches.setdefault(ticket, []).append((prompt * ticket.sampling.answers + event.index, event))
         if batches:
             self._on_loop(batches)
         ended = {event.request for event in events if event.finish_reason}

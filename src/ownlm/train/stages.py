@@ -27,7 +27,7 @@ from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.peft import load_adapter, save_adapter
 from ownlm.models.quantize import quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
-from ownlm.models.tuning import with_head
+from ownlm.models.tuning import with_head_of
 from ownlm.models.weights import load_model, save_model
 from ownlm.report import Reporter, duration, quantity
 from ownlm.storage import storage, write_atomic
@@ -301,10 +301,6 @@ def finetune(
         )  # fmt: skip
     model, lora = found.model, recipe.lora
     if lora is not None and found.fresh_head:
-        if kind == "adapter":
-            raise UserError(
-                f"an adapter can't bring a new head for {recipe.task}.", where=recipe.name, cure="Set merge = true."
-            )  # fmt: skip
         lora = replace(lora, train_also=(*lora.train_also, *_head_layers(model)))
     parameters = _parameters(model)  # before they become integers
     if recipe.base_precision is not None:
@@ -460,10 +456,7 @@ def _save_checkpoint(run: _Run, model: Any, runs: Path, folder: Path) -> None:
     """Write the whole model. An adapter goes into a fresh copy of its base: the one in memory may be rounded or quantised."""
     if isinstance(run.recipe, FinetuneRecipe) and run.recipe.lora is not None:
         save_adapter(model, runs / "adapter")
-        head = model.config.head
-        model = load_model(run.inputs["checkpoint"].path, dtype=torch.float32)
-        if head != model.config.head:
-            model = with_head(model, head.task, head.labels)
+        model = with_head_of(load_model(run.inputs["checkpoint"].path, dtype=torch.float32), runs / "adapter")
         load_adapter(model, runs / "adapter")
         merge(model)
     save_model(

@@ -3,7 +3,7 @@
 task             examples     head, objective                          families
 classification   Labelled     sequence    sequence_classification      encoders, decoders
 tokens           Tagged       token       token_classification         encoders, decoders
-answer           Asked        span        span_answer                  encoders
+answer           Asked        span        span_answer                  encoders, and decoders as transformers has them
 seq2seq          Rewritten    the model's own: seq2seq, or causal_lm   encoder-decoders, decoders
 text             documents    the model's own, as it was pretrained    all
 """

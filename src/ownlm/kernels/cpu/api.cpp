@@ -11,21 +11,6 @@ using namespace ownlm;
 
 namespace {
 
-std::vector<const Kernels*> supported() {
-    std::vector<const Kernels*> found;
-#ifdef OWNLM_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (avx2 && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        found.push_back(&avx512_kernels);
-    if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
-    if (avx2) found.push_back(&avx2_kernels);
-#endif
-    found.push_back(&plain_kernels);
-    return found;
-}
-
 // One team for each number of threads, kept for the life of the process; a step has it to itself.
 struct Team {
     explicit Team(int size) : pool(size) {}
@@ -74,6 +59,80 @@ Norm& norm_of(Model& model, int layer, int slot) {
     return *norms[slot];
 }
 
+// Rows as they come to be packed. Codes of ours have their scales in a second array; a block of ggml's begins with its scale.
+enum Source : int32_t { FLOATS = 0, BF16S, CODES, Q8_0_BLOCKS, Q4_0_BLOCKS };
+
+size_t source_bytes(int source, const Packed& packed) {  // of a row
+    const size_t groups = packed.groups(), codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
+    return source == FLOATS ? size_t(packed.k) * 4 : source == BF16S ? size_t(packed.k) * 2 : groups * (source == CODES ? codes : codes + 2);
+}
+
+const Kernels* kernels_named(const char* instruction_set) {
+    for (auto* kernels : supported())
+        if (!std::strcmp(kernels->name, instruction_set)) return kernels;
+    return nullptr;
+}
+
+void put_bias(Packed& packed, const float* bias) {
+    packed.bias_values.assign(packed.padded(), 0.0f);
+    std::copy(bias, bias + packed.n, packed.bias_values.begin());
+    packed.bias = packed.bias_values.data();
+}
+
+void fill(Team& team, Packed& packed, int first, int count, int source, const void* values, const uint16_t* scales) {
+    std::lock_guard lock(team.busy);
+    Pool& pool = team.pool;
+    // Threads take whole tiles, for two rows of a tile share its bytes.
+    const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
+    const size_t codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
+    pool.run([&](int id) {
+        Member(pool, id).split(tiles, [&](int t0, int t1) {
+            const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
+            const uint8_t* from = (const uint8_t*)values + r0 * source_bytes(source, packed);
+            if (source == FLOATS) return pack_floats(packed, first + r0, r1 - r0, (const float*)from);
+            if (source == BF16S) return pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
+            const bool blocks = source != CODES;
+            const uint8_t* with = blocks ? from : (const uint8_t*)(scales + size_t(r0) * packed.groups());
+            const Order order = packed.kind == INT8 ? SIGNED : blocks ? HALVES : PAIRS;
+            pack_codes(packed, first + r0, r1 - r0, {blocks ? from + 2 : from, with, blocks ? codes + 2 : codes, blocks ? codes + 2 : 2, order});
+        });
+    });
+}
+
+// A matrix by itself, for models whose steps are PyTorch's.
+struct Alone {
+    Packed matrix;
+    Memory memory;  // what its tiles lie in
+    const Kernels* kernels;
+    Team* team;
+    Prepared in;
+    Buffer padded, inner;  // rows of x, where they don't end with a group; of a feed-forward, what stands between its layers
+
+    void shape(int rows) {
+        in.shape(matrix.kind, rows, matrix.k);
+        if (matrix.k % GROUP) padded.shape(rows, matrix.k);
+    }
+
+    void prepare(Member& member, const float* x, int rows) {
+        member.split(rows, [&](int r0, int r1) {
+            for (int r = r0; r < r1; r++) {
+                const float* row = x + size_t(r) * matrix.k;
+                if (matrix.k % GROUP) row = (const float*)std::memcpy(padded.row(r), row, matrix.k * sizeof(float));
+                kernels->prepare(matrix.kind, row, r, 0, matrix.groups(), in.in);
+            }
+        });
+    }
+
+    // An even number of tiles for whoever is free: two of them make a group of what reads their outputs.
+    int piece(const Member& member) const { return std::max(2, std::min(8, matrix.tile_count() / (member.threads() * 8) & ~1)); }
+
+    void multiply(Member& member, int rows, float* y) {
+        member.share(matrix.tile_count(), piece(member), [&](int t0, int t1) {
+            kernels->matmul(matrix, in.in, rows, y, matrix.padded(), false, t0, t1);
+        });
+    }
+};
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -92,8 +151,7 @@ const char* ownlm_instruction_sets() {
 void* ownlm_new(const ModelSpec* spec, const char* instruction_set, int threads) try {
     auto handle = std::make_unique<Handle>();
     Model& model = handle->model;
-    for (auto* kernels : supported())
-        if (!std::strcmp(kernels->name, instruction_set)) model.kernels = kernels;
+    model.kernels = kernels_named(instruction_set);
     if (!model.kernels) return nullptr;
     handle->team = &team(threads);
     model.pool = &handle->team->pool;
@@ -128,37 +186,19 @@ void ownlm_vector(void* handle, int layer, int slot, int64_t count, const float*
 }
 
 int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n, int k, const float* bias) try {
-    Packed& packed = matrix(((Handle*)handle)->model, layer, slot, expert);
-    allocate(packed, Kind(kind), n, k);
-    if (bias) {
-        packed.bias_values.assign(packed.padded(), 0.0f);
-        std::copy(bias, bias + n, packed.bias_values.begin());
-        packed.bias = packed.bias_values.data();
-    }
+    Model& model = ((Handle*)handle)->model;
+    Packed& packed = matrix(model, layer, slot, expert);
+    allocate(model.arena, packed, Kind(kind), n, k);
+    if (bias) put_bias(packed, bias);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
 }
 
-// Fill rows [first, first + count). `source`: 0 floats, 1 bf16, 2 codes with scales.
+// Fill rows [first, first + count) from a `Source`.
 void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
     Handle* h = (Handle*)handle;
-    Packed& packed = matrix(h->model, layer, slot, expert);
-    std::lock_guard lock(h->team->busy);
-    Pool& pool = h->team->pool;
-    // Threads take whole tiles, for two rows of a tile share its bytes.
-    const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
-    const size_t width = source == 0 ? size_t(packed.k) * 4 : source == 1 ? size_t(packed.k) * 2
-                       : size_t(packed.groups()) * (packed.kind == INT4 ? GROUP / 2 : GROUP);
-    pool.run([&](int id) {
-        Member(pool, id).split(tiles, [&](int t0, int t1) {
-            const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
-            const uint8_t* from = (const uint8_t*)values + r0 * width;
-            if (source == 0) pack_floats(packed, first + r0, r1 - r0, (const float*)from);
-            else if (source == 1) pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
-            else pack_codes(packed, first + r0, r1 - r0, from, scales + size_t(r0) * packed.groups());
-        });
-    });
+    fill(*h->team, matrix(h->model, layer, slot, expert), first, count, source, values, scales);
 }
 
 void ownlm_tie(void* handle) { ((Handle*)handle)->model.tied = true; }
@@ -172,6 +212,8 @@ void* ownlm_cache_new(void* handle, int kind, int pages) try {
 }
 
 void ownlm_cache_delete(void* cache) { delete (Cache*)cache; }
+
+void ownlm_cache_copy(void* cache, int page, int onto) { ((Cache*)cache)->copy(page, onto); }
 
 int ownlm_step(void* handle, void* cache, const Rows* rows) try {
     Handle* h = (Handle*)handle;
@@ -195,6 +237,91 @@ void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int
     };
     if (rows == 1) return choose(0, 1);
     all.pool.run([&](int id) { Member(all.pool, id).split(rows, choose); });
+}
+
+// A linear layer of its own: weights (n, k) as in ownlm_pack, bias (n) or none. Null without memory.
+void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n, int k, int source, const void* values, const uint16_t* scales,
+                       const float* bias) try {
+    auto alone = std::make_unique<Alone>();
+    alone->kernels = kernels_named(instruction_set);
+    if (!alone->kernels) return nullptr;
+    alone->team = &team(threads);
+    Packed& matrix = alone->matrix;
+    matrix.kind = Kind(kind), matrix.n = n, matrix.k = k;
+    alone->memory = Memory(matrix.bytes());
+    matrix.tiles = alone->memory.data();
+    if (bias) put_bias(matrix, bias);
+    fill(*alone->team, matrix, 0, n, source, values, scales);
+    return alone.release();
+} catch (const std::bad_alloc&) {
+    return nullptr;
+}
+
+void ownlm_linear_delete(void* linear) { delete (Alone*)linear; }
+
+int64_t ownlm_linear_bytes(void* linear) { return int64_t(((Alone*)linear)->matrix.bytes()); }
+
+// y = x W' + bias: x (rows, k), y (rows, n rounded up to 16).
+int ownlm_linear(void* linear, int rows, const float* x, float* y) try {
+    Alone& alone = *(Alone*)linear;
+    std::lock_guard lock(alone.team->busy);
+    alone.shape(rows);
+    alone.team->pool.run([&](int id) {
+        Member member(alone.team->pool, id);
+        alone.prepare(member, x, rows);
+        alone.multiply(member, rows, y);
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// y = down(act(up x)), or down(act(gate x) * up x) where there is a gate; x and y as above.
+int ownlm_feed_forward(void* gate, void* up, void* down, int activation, float limit, float up_offset, int rows, const float* x, float* y) try {
+    Alone &first = *(Alone*)up, &last = *(Alone*)down, *other = (Alone*)gate;
+    const Gate spec{Activation(activation), other != nullptr, limit, up_offset};
+    const Kernels& kernels = *first.kernels;
+    std::lock_guard lock(first.team->busy);
+    first.shape(rows), last.shape(rows);
+    first.inner.shape(rows, first.matrix.n);
+    if (other) other->inner.shape(rows, other->matrix.n);
+    const size_t stride = first.inner.stride;
+    first.team->pool.run([&](int id) {
+        Member member(first.team->pool, id);
+        first.prepare(member, x, rows);
+        member.share(first.matrix.tile_count(), first.piece(member), [&](int t0, int t1) {
+            kernels.matmul(first.matrix, first.in.in, rows, first.inner.row(0), stride, false, t0, t1);
+            if (other) kernels.matmul(other->matrix, first.in.in, rows, other->inner.row(0), stride, false, t0, t1);
+            for (int r = 0; r < rows; r++) {
+                float* u = first.inner.row(r) + t0 * TILE;
+                kernels.activate(spec, other ? other->inner.row(r) + t0 * TILE : u, u, (t1 - t0) * TILE, u);
+                kernels.prepare(last.matrix.kind, first.inner.row(r), r, t0 / 2, (t1 + 1) / 2, last.in.in);
+            }
+        });
+        last.multiply(member, rows, y);
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// The sum of `count` words, which the threads share: how fast memory is read.
+uint64_t ownlm_read(int threads, const uint64_t* words, int64_t count) {
+    Team& all = team(threads);
+    std::lock_guard lock(all.busy);
+    std::vector<uint64_t> sums(all.pool.size());
+    all.pool.run([&](int id) {
+        Member(all.pool, id).split(int(count / 4096), [&](int begin, int end) {
+            uint64_t sum[8] = {};
+            for (const uint64_t* at = words + begin * int64_t(4096); at < words + end * int64_t(4096); at += 8)
+                for (int j = 0; j < 8; j++) sum[j] += at[j];
+            for (uint64_t each : sum) sums[id] += each;
+        });
+    });
+    uint64_t total = 0;
+    for (uint64_t each : sums) total += each;
+    for (int64_t i = count / 4096 * 4096; i < count; i++) total += words[i];
+    return total;
 }
 
 }  // extern "C"

@@ -82,5 +82,11 @@ extern const Kernels plain_kernels;
 #ifdef OWNLM_X86
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
 #endif
+#ifdef OWNLM_ARM
+extern const Kernels neon_kernels, neondot_kernels, neonbf16_kernels;
+#endif
+
+// Those that this processor has, best first.
+std::vector<const Kernels*> supported();
 
 }  // namespace ownlm

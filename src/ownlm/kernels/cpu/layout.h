@@ -44,8 +44,14 @@ constexpr size_t element_bytes(Kind kind) { return kind == F32 ? 4 : kind == BF1
 // Bytes of one group of a block of activations, without scales.
 constexpr size_t input_bytes(Kind kind) { return size_t(BLOCK) * GROUP * element_bytes(kind); }
 
+#ifdef __aarch64__
+typedef __fp16 Half;  // its C++ had no _Float16 before g++ 13
+#else
+typedef _Float16 Half;
+#endif
+
 static inline uint16_t to_half(float x) {  // static: each instruction set its own
-    const _Float16 h = _Float16(x);
+    const Half h = Half(x);
     uint16_t bits;
     std::memcpy(&bits, &h, 2);
     return bits;

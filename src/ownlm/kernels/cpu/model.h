@@ -26,6 +26,18 @@ class Memory {
     size_t bytes_ = 0, mapped_ = 0;
 };
 
+// Memory of weights, one matrix behind the other in ever larger chunks: with chunks of their own, each would end in the middle of a huge
+// page. What of a chunk is never written takes nothing.
+class Arena {
+  public:
+    uint8_t* take(size_t bytes);  // in whole cache lines; lives as long as the arena
+
+  private:
+    std::vector<Memory> chunks_;
+    uint8_t* next_ = nullptr;
+    size_t left_ = 0, next_size_ = size_t(32) << 10;
+};
+
 enum NormPlace : int32_t { BEFORE = 0, AFTER, AROUND };
 enum Residual : int32_t { SEQUENTIAL = 0, PARALLEL, SHARED };
 
@@ -50,7 +62,6 @@ struct Rotary {
 };
 
 struct Packed : Matrix {
-    Memory memory;
     std::vector<float> bias_values;
 };
 
@@ -66,6 +77,8 @@ struct Layer {
     const float* sinks = nullptr;
 };
 
+struct Adapter;  // lora.h
+
 struct Rows {
     int32_t count, pages_of_each;
     int32_t partial, from_layer, to_layer;  // the last `partial` rows go through layers [from_layer, to_layer) only
@@ -73,6 +86,9 @@ struct Rows {
     const float* embeds;  // (count, D) in place of embeddings, or none
     const int32_t* pages; // (sequences, pages_of_each)
     float *logits, *hidden;  // (wanted rows, V rounded up to 16), (wanted rows, D); either may be none
+    const int32_t* adapter;  // of each row which of `adapters`, -1: none; or none for all
+    const Adapter* const* adapters;
+    int64_t adapter_count;
 };
 
 struct Buffer {
@@ -98,6 +114,7 @@ struct Prepared {
 struct Cache {
     Cache(const ModelSpec& spec, Kind kind, int pages);
     Pages layer(size_t index) const;
+    void copy(size_t page, size_t onto);
     const Kind kind;
     const size_t head_stride, page_stride, layer_stride;
     Memory keys, values;
@@ -108,6 +125,7 @@ struct Model {
     ModelSpec spec{};
     const Kernels* kernels = nullptr;
     Pool* pool = nullptr;
+    Arena arena;  // what the tiles of all matrices lie in
     std::vector<Layer> layers;
     std::vector<Rotary> rotaries;
     Packed embed, head;
@@ -124,13 +142,26 @@ struct Model {
     Buffer x, h, y, qkv, a, up, act, last, router, expert;
     Prepared first_in, second_in, inner_in, router_in;
     std::vector<Scratch> scratch;
+    std::vector<float> low;  // these three: of adapters
+    std::vector<Prepared> adapter_in;
+    std::vector<std::vector<float>> adapter_out;
 };
 
-// Fill rows [first, first + count) of a packed matrix from floats (quantising to nearest) or from codes and scales.
-void allocate(Packed& matrix, Kind kind, int n, int k);
+// How four or eight bits of a group of 32 columns stand: int8, signed; four bits, value + 8, in pairs of neighbours with the even column
+// in the low half; or column i in the low and 16 + i in the high half of byte i, as in Q4_0.
+enum Order : int32_t { SIGNED = 0, PAIRS, HALVES };
+
+// Codes and scales of rows, group by group; `stride` is from a group to the next, also where that is in the next row.
+struct Coded {
+    const uint8_t *codes, *scales;  // scales: half precision, at any address
+    size_t code_stride, scale_stride;
+    Order order;
+};
+
+void allocate(Arena& arena, Packed& matrix, Kind kind, int n, int k);
+// Fill rows [first, first + count) of a packed matrix from floats (rounding to the nearest codes) or from codes of its kind.
 void pack_floats(Matrix& matrix, int first, int count, const float* rows);
 void pack_bf16(Matrix& matrix, int first, int count, const uint16_t* rows);
-// int8: codes (count, k) signed; int4: (count, k / 2), the even column in the low half, value + 8. scales: (count, groups) half.
-void pack_codes(Matrix& matrix, int first, int count, const uint8_t* codes, const uint16_t* scales);
+void pack_codes(Matrix& matrix, int first, int count, const Coded& coded);
 
 }  // namespace ownlm

@@ -1,6 +1,7 @@
 // Weights into tiles.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +11,7 @@
 
 namespace ownlm {
 
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
+constexpr size_t HUGE_PAGE = size_t(2) << 20, LINE = 64, LARGEST_CHUNK = size_t(256) << 20;
 
 #ifdef __SANITIZE_ADDRESS__
 // From the heap, where a sanitizer sees what lies beyond the end.
@@ -44,16 +45,32 @@ Memory::~Memory() {
 }
 #endif
 
-void allocate(Packed& matrix, Kind kind, int n, int k) {
+uint8_t* Arena::take(size_t bytes) {
+#ifndef __SANITIZE_ADDRESS__
+    bytes = (bytes + LINE - 1) / LINE * LINE;
+    if (bytes > left_) {
+        next_size_ = std::min(2 * next_size_, LARGEST_CHUNK);
+        chunks_.emplace_back(std::max(bytes, next_size_));
+        next_ = chunks_.back().data(), left_ = chunks_.back().bytes();
+    }
+    uint8_t* found = next_;
+    next_ += bytes, left_ -= bytes;
+    return found;
+#else
+    chunks_.emplace_back(bytes);
+    return chunks_.back().data();
+#endif
+}
+
+void allocate(Arena& arena, Packed& matrix, Kind kind, int n, int k) {
     matrix.kind = kind, matrix.n = n, matrix.k = k;
-    matrix.memory = Memory(matrix.bytes());
-    matrix.tiles = matrix.memory.data();
+    matrix.tiles = arena.take(matrix.bytes());
 }
 
 namespace {
 
 float from_half(uint16_t bits) {
-    _Float16 h;
+    Half h;
     std::memcpy(&h, &bits, 2);
     return float(h);
 }
@@ -64,79 +81,97 @@ uint16_t to_bf16(float x) {
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// A place in a tile: byte i of column k in the row, for the integers.
-uint8_t& byte_of(uint8_t* codes, int row, int k) { return codes[k / 4 * 64 + 4 * row + k % 4]; }
-
-void put(Kind kind, uint8_t* group, int row, int k, int code) {  // code: value + 128, or value + 8
-    uint8_t* codes = group + 2 * TILE;
-    if (kind == INT8) {
-        byte_of(codes, row, k) = uint8_t(code);
-    } else {
-        uint8_t& both = byte_of(codes, row, k % 16);
-        both = k < 16 ? uint8_t((both & 0xf0) | code) : uint8_t((both & 0x0f) | code << 4);
+// Numbers of a row into its row of a group. Bytes of the integers stand as in layout.h: four columns, then the next row's.
+void put_numbers(Kind kind, uint8_t* group, int row, const float* w, int columns) {
+    for (int k = 0; k < columns; k++) {
+        if (kind == F32) ((float*)group)[k * TILE + row] = w[k];
+        else ((uint16_t*)group)[k / 2 * 2 * TILE + 2 * row + k % 2] = to_bf16(w[k]);
     }
 }
 
-void put_group(Kind kind, uint8_t* group, int row, const float* w, int columns) {
-    if (kind == F32 || kind == BF16) {
-        for (int k = 0; k < columns; k++) {
-            if (kind == F32) ((float*)group)[k * TILE + row] = w[k];
-            else ((uint16_t*)group)[k / 2 * 2 * TILE + 2 * row + k % 2] = to_bf16(w[k]);
-        }
-        return;
-    }
+// Codes of a row, each moved up to be unsigned, into its row of a group: 32 bytes, or 16 whose high halves are columns 16 and up.
+void put_bytes(Kind kind, uint8_t* group, int row, uint16_t scale, const uint8_t* bytes) {
+    ((uint16_t*)group)[row] = scale;
+    uint8_t* codes = group + 2 * TILE + 4 * row;
+    const int quads = (kind == INT8 ? GROUP : GROUP / 2) / 4;
+    for (int q = 0; q < quads; q++) std::memcpy(codes + q * 4 * TILE, bytes + 4 * q, 4);
+}
+
+void put_rounded(Kind kind, uint8_t* group, int row, const float* w, int columns) {
     float most = 0, signed_most = 0;
     for (int k = 0; k < columns; k++)
         if (std::fabs(w[k]) > most) most = std::fabs(w[k]), signed_most = w[k];
     // As llama.cpp's Q8_0 and Q4_0: the largest weight is 127, or -8 in its own sign.
     const uint16_t scale = to_half(kind == INT8 ? most / 127 : signed_most / -8);
-    ((uint16_t*)group)[row] = scale;
     const float d = from_half(scale), inverse = d != 0 ? 1 / d : 0;
     const int middle = kind == INT8 ? 128 : 8, top = kind == INT8 ? 255 : 15, low = kind == INT8 ? 1 : 0;
+    uint8_t bytes[GROUP];
     for (int k = 0; k < GROUP; k++) {
         const int code = k < columns ? int(std::lrintf(w[k] * inverse)) + middle : middle;
-        put(kind, group, row, k, code < low ? low : code > top ? top : code);
+        bytes[k] = uint8_t(code < low ? low : code > top ? top : code);
+    }
+    if (kind == INT4)
+        for (int k = 0; k < GROUP / 2; k++) bytes[k] = uint8_t(bytes[k] | bytes[k + GROUP / 2] << 4);
+    put_bytes(kind, group, row, scale, bytes);
+}
+
+// Codes as they lie in memory or in a file -> bytes as `put_bytes` takes them.
+void ordered(Order order, const uint8_t* from, uint8_t* bytes) {
+    if (order == SIGNED) {
+        for (int k = 0; k < GROUP; k++) bytes[k] = from[k] ^ 0x80;
+    } else if (order == HALVES) {
+        std::memcpy(bytes, from, GROUP / 2);
+    } else {
+        for (int k = 0; k < GROUP / 4; k++) {  // byte k: columns 2k and 2k + 1
+            const uint8_t first = from[k], second = from[k + GROUP / 4];
+            bytes[2 * k] = uint8_t((first & 0x0f) | second << 4);
+            bytes[2 * k + 1] = uint8_t(first >> 4 | (second & 0xf0));
+        }
     }
 }
 
-uint8_t* place(Matrix& matrix, int row) { return matrix.tiles + row / TILE * matrix.tile_bytes(); }
+// put(group, row of the tile, row r of [0, count), g) for all groups: those of a tile together, for its rows share their memory.
+template <class Put>
+void by_group(Matrix& matrix, int first, int count, Put put) {
+    for (int from = 0, to; from < count; from = to) {
+        to = std::min(count, from + TILE - (first + from) % TILE);
+        uint8_t* group = matrix.tiles + (first + from) / TILE * matrix.tile_bytes();
+        for (int g = 0; g < matrix.groups(); g++, group += group_bytes(matrix.kind))
+            for (int r = from; r < to; r++) put(group, (first + r) % TILE, r, g);
+    }
+}
 
 }  // namespace
 
 void pack_floats(Matrix& matrix, int first, int count, const float* rows) {
-    for (int r = 0; r < count; r++) {
-        uint8_t* group = place(matrix, first + r);
-        for (int k = 0; k < matrix.k; k += GROUP, group += group_bytes(matrix.kind))
-            put_group(matrix.kind, group, (first + r) % TILE, rows + size_t(r) * matrix.k + k, std::min(GROUP, matrix.k - k));
-    }
+    const auto put_group = matrix.kind == F32 || matrix.kind == BF16 ? put_numbers : put_rounded;
+    by_group(matrix, first, count, [&](uint8_t* group, int row, int r, int g) {
+        put_group(matrix.kind, group, row, rows + size_t(r) * matrix.k + g * GROUP, std::min(GROUP, matrix.k - g * GROUP));
+    });
 }
 
 void pack_bf16(Matrix& matrix, int first, int count, const uint16_t* rows) {
-    std::vector<float> wide(matrix.k);
-    for (int r = 0; r < count; r++) {
-        for (int k = 0; k < matrix.k; k++) {
-            const uint32_t bits = uint32_t(rows[size_t(r) * matrix.k + k]) << 16;
+    const auto put_group = matrix.kind == F32 || matrix.kind == BF16 ? put_numbers : put_rounded;
+    by_group(matrix, first, count, [&](uint8_t* group, int row, int r, int g) {
+        const int columns = std::min(GROUP, matrix.k - g * GROUP);
+        float wide[GROUP];
+        for (int k = 0; k < columns; k++) {
+            const uint32_t bits = uint32_t(rows[size_t(r) * matrix.k + g * GROUP + k]) << 16;
             std::memcpy(&wide[k], &bits, 4);
         }
-        pack_floats(matrix, first + r, 1, wide.data());
-    }
+        put_group(matrix.kind, group, row, wide, columns);
+    });
 }
 
-void pack_codes(Matrix& matrix, int first, int count, const uint8_t* codes, const uint16_t* scales) {
-    const int groups = matrix.groups(), width = groups * GROUP;
-    for (int r = 0; r < count; r++) {
-        const int row = (first + r) % TILE;
-        uint8_t* group = place(matrix, first + r);
-        const uint8_t* from = codes + size_t(r) * width / (matrix.kind == INT4 ? 2 : 1);
-        for (int g = 0; g < groups; g++, group += group_bytes(matrix.kind)) {
-            ((uint16_t*)group)[row] = scales[size_t(r) * groups + g];
-            for (int k = 0; k < GROUP; k++) {
-                const int column = g * GROUP + k;
-                const int code = matrix.kind == INT8 ? int8_t(from[column]) + 128 : from[column / 2] >> (column % 2 * 4) & 15;
-                put(matrix.kind, group, row, k, code);
-            }
-        }
-    }
+void pack_codes(Matrix& matrix, int first, int count, const Coded& coded) {
+    by_group(matrix, first, count, [&](uint8_t* group, int row, int r, int g) {
+        const size_t at = size_t(r) * matrix.groups() + g;
+        uint16_t scale;
+        std::memcpy(&scale, coded.scales + at * coded.scale_stride, 2);
+        uint8_t bytes[GROUP];
+        ordered(coded.order, coded.codes + at * coded.code_stride, bytes);
+        put_bytes(matrix.kind, group, row, scale, bytes);
+    });
 }
 
 }  // namespace ownlm

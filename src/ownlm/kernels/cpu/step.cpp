@@ -5,8 +5,9 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 
-#include "model.h"
+#include "lora.h"
 
 namespace ownlm {
 
@@ -54,6 +55,7 @@ class Step {
         m.x.shape(T, hidden), m.h.shape(T, hidden), m.y.shape(T, hidden), m.last.shape(int(wanted.size()), hidden);
         m.qkv.shape(T, widest_qkv), m.a.shape(T, widest_a), m.up.shape(T, widest_up), m.act.shape(T, widest_inner);
         m.scratch.resize(m.pool->size());
+        adapting.emplace(m, rows, wanted);
     }
 
     void run(Member member) {
@@ -75,6 +77,7 @@ class Step {
     std::vector<Run> runs;
     Part all, whole;  // whole: those that go through all layers
     std::vector<int> wanted;
+    std::optional<Adapting> adapting;
     // Of the mixture of experts: who goes where, and how much of the answer counts.
     std::vector<int> chosen;
     std::vector<float> share_of;
@@ -112,6 +115,7 @@ class Step {
     void layer(Member& member, Layer& layer, size_t index, Part part) {
         const LayerSpec& spec = layer.spec;
         prepared(member, layer.input, layer.qkv.kind, part.rows, m.first_in);
+        adapting->shrink(member, index, AT_QKV, m.h, part.rows);
         if (spec.residual == PARALLEL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, part.rows, m.second_in);
         const bool after = layer.attention_out.weight != nullptr;
         attention(member, layer, index, part, after);
@@ -121,7 +125,7 @@ class Step {
         if (spec.residual == SEQUENTIAL) prepared(member, layer.post_attention, layer.mlp[0].up.kind, part.rows, m.first_in);
         const bool mlp_after = layer.mlp_out.weight != nullptr;
         if (spec.experts) mixture(member, layer, part.rows, mlp_after);
-        else feed_forward(member, layer.spec, layer.mlp[0], in, part.rows, mlp_after ? m.y : m.x, !mlp_after);
+        else feed_forward(member, layer.spec, layer.mlp[0], in, part.rows, mlp_after ? m.y : m.x, !mlp_after, int(index));
         if (mlp_after) rejoin(member, layer.mlp_out, spec.norms, part.rows);
     }
 
@@ -163,6 +167,7 @@ class Step {
         const LayerSpec& spec = layer.spec;
         const int d = m.spec.heads_d, H = spec.heads, K = spec.kv_heads;
         product(member, layer.qkv, m.first_in.in, part.rows, m.qkv.row(0), m.qkv.stride, false);
+        adapting->expand(member, index, AT_QKV, m.qkv, part.rows);
         const Pages pages = cache.layer(index);
         member.split(part.rows * (H + K), [&](int from, int to) {
             for (int i = from; i < to; i++) place(layer, pages, i / (H + K), i % (H + K));
@@ -187,6 +192,7 @@ class Step {
         }); });
         Buffer& to = after ? m.y : m.x;
         product(member, layer.o, m.inner_in.in, part.rows, to.row(0), to.stride, !after);
+        adapting->add(member, index, AT_OUT, m.a, to, part.rows);
     }
 
     static int pieces(int items, int group, int threads) {
@@ -223,9 +229,10 @@ class Step {
         }
     }
 
-    // y = (or +=) down(act(gate, up)) of `count` rows that are ready in `in`.
-    void feed_forward(Member& member, const LayerSpec& spec, FeedForward& ff, Prepared& in, int count, Buffer& y, bool add) {
+    // y = (or +=) down(act(gate, up)) of `count` rows that are ready in `in`. `index`: of the layer, whose adapters count; -1: an expert.
+    void feed_forward(Member& member, const LayerSpec& spec, FeedForward& ff, Prepared& in, int count, Buffer& y, bool add, int index = -1) {
         product(member, ff.up, in.in, count, m.up.row(0), m.up.stride, false);
+        if (index >= 0) adapting->add(member, index, AT_UP, m.h, m.up, count);
         const Kind kind = ff.down.kind;
         member.once([&] { m.inner_in.shape(kind, count, ff.down.k); });
         const int groups = m.inner_in.in.groups;
@@ -240,6 +247,7 @@ class Step {
             kernels.prepare(kind, m.act.row(r), r, g0, g1, m.inner_in.in);
         }); });
         product(member, ff.down, m.inner_in.in, count, y.row(0), y.stride, add);
+        if (index >= 0) adapting->add(member, index, AT_DOWN, m.act, y, count);
     }
 
     // Every row goes through the experts its router likes best (arXiv:2401.04088), which are computed one after the other.
@@ -318,7 +326,8 @@ class Step {
         });
         if (!rows.logits) return;
         const size_t V = out.padded();
-        product(member, out, m.first_in.in, count, rows.logits, V, false);
+        if (!adapting->all_heads()) product(member, out, m.first_in.in, count, rows.logits, V, false);
+        adapting->heads(member, m.last, rows.logits, V);
         if (m.spec.logit_scale == 1 && m.spec.logit_softcap == 0) return;
         member.split(count * int(V / TILE), [&](int begin, int end) {
             kernels.softcap(rows.logits + size_t(begin) * TILE, size_t(end - begin) * TILE, m.spec.logit_scale, m.spec.logit_softcap);
@@ -337,16 +346,25 @@ Pages Cache::layer(size_t index) const {
     return {keys.data() + base, values.data() + base, page_stride, head_stride, kind};
 }
 
+// All layers' keys and values of a page.
+void Cache::copy(size_t page, size_t onto) {
+    const size_t element = element_bytes(kind);
+    for (Memory* memory : {&keys, &values})
+        for (size_t base = 0; base < memory->bytes(); base += layer_stride * element)
+            std::memcpy(memory->data() + base + onto * page_stride * element, memory->data() + base + page * page_stride * element,
+                        page_stride * element);
+}
+
 void Model::step(Cache& cache, const Rows& rows) {
     Step step(*this, cache, rows);
     pool->run([&](int id) { step.run(Member(*pool, id)); });
 }
 
 size_t Model::bytes() const {
-    size_t total = embed.memory.bytes() + head.memory.bytes();
+    size_t total = embed.bytes() + head.bytes();
     for (auto& layer : layers) {
-        total += layer.qkv.memory.bytes() + layer.o.memory.bytes() + layer.router.memory.bytes();
-        for (auto& ff : layer.mlp) total += ff.up.memory.bytes() + ff.down.memory.bytes();
+        total += layer.qkv.bytes() + layer.o.bytes() + layer.router.bytes();
+        for (auto& ff : layer.mlp) total += ff.up.bytes() + ff.down.bytes();
     }
     return total;
 }

@@ -1,126 +1,110 @@
-// 16 lanes as arrays, for any processor: the compiler turns the loops into what it has (NEON, SVE, SSE).
+// 16 lanes for any processor: the compiler's own vectors, which it turns into what the processor has.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#define OWNLM_UNROLL  // registers don't hold a block of rows here, and compilers take minutes to find that out
+
 namespace ownlm::ISA {
 
-struct vf { float v[16]; };
-struct vi { int32_t v[16]; };
-struct vb { uint8_t v[64]; };
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+struct vf { Floats v; };
+struct vi { Ints v; };
+struct vb { Words v; };  // 64 bytes, lane by lane
 
 constexpr bool UNSIGNED_INT8 = false;
 
-#define OWNLM_LANES(expression)                     \
-    vf r;                                           \
-    for (int i = 0; i < 16; i++) r.v[i] = expression; \
-    return r
-inline vf zero() { return {}; }
-inline vf set1(float x) { OWNLM_LANES(x); }
-inline vf load(const float* p) { OWNLM_LANES(p[i]); }
-inline void store(float* p, vf a) { std::memcpy(p, a.v, sizeof a.v); }
-inline vf operator+(vf a, vf b) { OWNLM_LANES(a.v[i] + b.v[i]); }
-inline vf operator-(vf a, vf b) { OWNLM_LANES(a.v[i] - b.v[i]); }
-inline vf operator*(vf a, vf b) { OWNLM_LANES(a.v[i] * b.v[i]); }
-inline vf operator/(vf a, vf b) { OWNLM_LANES(a.v[i] / b.v[i]); }
-inline vf fma(vf a, vf b, vf c) { OWNLM_LANES(a.v[i] * b.v[i] + c.v[i]); }
-inline vf max(vf a, vf b) { OWNLM_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-inline vf min(vf a, vf b) { OWNLM_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-inline vf abs(vf a) { OWNLM_LANES(std::fabs(a.v[i])); }
-inline vf round(vf a) { OWNLM_LANES(std::nearbyintf(a.v[i])); }
-inline float as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-inline uint32_t as_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
-inline vf pow2(vf whole) { OWNLM_LANES(whole.v[i] < -126 ? 0.0f : as_float(uint32_t(int32_t(whole.v[i]) + 127) << 23)); }
-#undef OWNLM_LANES
+inline vf zero() { return {Floats{}}; }
+inline vf set1(float x) { return {Floats{} + x}; }
+inline vf load(const float* p) {
+    vf r;
+    std::memcpy(&r.v, p, 64);
+    return r;
+}
+inline void store(float* p, vf a) { std::memcpy(p, &a.v, 64); }
+inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
+inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
+inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
+inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
+inline vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
+inline vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
+inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
+inline vf abs(vf a) { return {(Floats)((Words)a.v & 0x7fffffffu)}; }
+inline vf round(vf a) {  // to the nearest, ties to even: beyond 2^23 there are no fractions, and adding it leaves none
+    const Floats big = Floats{} + 8388608.0f, size = abs(a).v, whole = (size + big) - big;
+    const Words sign = (Words)a.v & 0x80000000u;
+    return {size < big ? (Floats)((Words)whole | sign) : a.v};
+}
+inline vi whole(vf a) { return {__builtin_convertvector(round(a).v, Ints)}; }
+inline vf pow2(vf whole) {
+    const Ints exponent = __builtin_convertvector(whole.v, Ints) + 127;
+    return {(Floats)((exponent > 0 ? exponent : Ints{}) << 23)};
+}
 inline float sum(vf a) {
     float total = 0;
-    for (float x : a.v) total += x;
+    for (int i = 0; i < 16; i++) total += a.v[i];
     return total;
 }
 inline float largest(vf a) {
     float most = a.v[0];
-    for (float x : a.v) most = x > most ? x : most;
+    for (int i = 1; i < 16; i++) most = a.v[i] > most ? a.v[i] : most;
     return most;
 }
-inline float half_to_float(uint16_t h) {
-    const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    if (exponent == 0) return as_float(sign | as_bits(std::ldexp(float(mantissa), -24)));
-    if (exponent == 31) return as_float(sign | 0x7f800000 | mantissa << 13);
-    return as_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
 inline vf from_half(const uint16_t* p) {
-    vf r;
-    for (int i = 0; i < 16; i++) r.v[i] = half_to_float(p[i]);
-    return r;
+    Words bits;
+    for (int i = 0; i < 16; i++) bits[i] = p[i];
+    const Words sign = (bits & 0x8000u) << 16, exponent = bits & 0x7c00u, size = (bits & 0x7fffu) << 13;
+    const Floats small = __builtin_convertvector((Ints)(bits & 0x3ffu), Floats) * 0x1p-24f;
+    const Words wide = exponent == 0x7c00u ? size | 0x7f800000u : exponent == 0u ? (Words)small : size + (112u << 23);
+    return {(Floats)(wide | sign)};
 }
 inline vf from_bf16(const uint16_t* p) {
-    vf r;
-    for (int i = 0; i < 16; i++) r.v[i] = as_float(uint32_t(p[i]) << 16);
-    return r;
+    Words bits;
+    for (int i = 0; i < 16; i++) bits[i] = p[i];
+    return {(Floats)(bits << 16)};
 }
 inline void to_bf16(uint16_t* p, vf a) {
-    for (int i = 0; i < 16; i++) {
-        const uint32_t bits = as_bits(a.v[i]);
-        p[i] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
+    const Words bits = (Words)a.v, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    for (int i = 0; i < 16; i++) p[i] = uint16_t(rounded[i]);
 }
-inline vf to_float(vi a) {
-    vf r;
-    for (int i = 0; i < 16; i++) r.v[i] = float(a.v[i]);
-    return r;
-}
+inline vf to_float(vi a) { return {__builtin_convertvector(a.v, Floats)}; }
+// Rounds to int8 and gives back the sum of the 16.
 inline int32_t to_int8(int8_t* p, vf a) {
+    const Ints codes = whole(a).v;
     int32_t total = 0;
-    for (int i = 0; i < 16; i++) {
-        const int32_t whole = int32_t(std::nearbyintf(a.v[i]));
-        p[i] = int8_t(whole), total += whole;
-    }
+    for (int i = 0; i < 16; i++) p[i] = int8_t(codes[i]), total += codes[i];
     return total;
 }
 
-inline vi ints(int32_t x) {
-    vi r;
-    for (int i = 0; i < 16; i++) r.v[i] = x;
-    return r;
-}
-inline vi operator+(vi a, vi b) {
-    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
-    return a;
-}
+inline vi ints(int32_t x) { return {Ints{} + x}; }
+inline vi operator+(vi a, vi b) { return {a.v + b.v}; }
 inline vb load_bytes(const uint8_t* p) {
     vb r;
-    std::memcpy(r.v, p, 64);
+    std::memcpy(&r.v, p, 64);
     return r;
 }
-inline vb low_halves(vb a) {
-    for (auto& x : a.v) x &= 15;
-    return a;
-}
-inline vb high_halves(vb a) {
-    for (auto& x : a.v) x >>= 4;
-    return a;
-}
+inline vb low_halves(vb a) { return {a.v & 0x0f0f0f0fu}; }
+inline vb high_halves(vb a) { return {a.v >> 4 & 0x0f0f0f0fu}; }
 inline vi dot_bytes(vi acc, vb w, const uint8_t* x, int32_t offset) {
     const int8_t* four = (const int8_t*)x;
-    for (int r = 0; r < 16; r++)
-        for (int i = 0; i < 4; i++) acc.v[r] += (int32_t(w.v[4 * r + i]) - offset) * four[i];
+    for (int i = 0; i < 4; i++) acc.v += ((Ints)(w.v >> 8 * i & 0xffu) - offset) * int32_t(four[i]);
     return acc;
 }
 inline vi dot_int8(vi acc, vb w, const uint8_t* x) { return dot_bytes(acc, w, x, 128); }
 inline vi dot_int4(vi acc, vb w, const uint8_t* x) { return dot_bytes(acc, w, x, 0); }
 inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
-    uint16_t pairs[32], two[2];
-    std::memcpy(pairs, w.v, 64), std::memcpy(two, x, 4);
-    const float x0 = as_float(uint32_t(two[0]) << 16), x1 = as_float(uint32_t(two[1]) << 16);
-    for (int r = 0; r < 16; r++)
-        acc.v[r] += as_float(uint32_t(pairs[2 * r]) << 16) * x0 + as_float(uint32_t(pairs[2 * r + 1]) << 16) * x1;
-    return acc;
+    uint32_t two, halves[2];
+    std::memcpy(&two, x, 4);
+    halves[0] = two << 16, halves[1] = two & 0xffff0000u;
+    float each[2];
+    std::memcpy(each, halves, 8);
+    return {acc.v + ((Floats)(w.v << 16) * each[0] + (Floats)(w.v & 0xffff0000u) * each[1])};
 }
-inline vb first_of_pairs(vb bf16) {
-    for (int i = 0; i < 64; i += 4) bf16.v[i + 2] = bf16.v[i + 3] = 0;
-    return bf16;
-}
+inline vb first_of_pairs(vb bf16) { return {bf16.v & 0xffffu}; }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace ownlm::ISA

@@ -22,7 +22,7 @@ from ownlm.models.families import seq2seq as s
 from ownlm.models.families import vision as v
 from ownlm.models.families.family import Family
 from ownlm.models.families.fields import Fields
-from ownlm.models.names import Table, fixed
+from ownlm.models.names import Table, fixed, moved
 from ownlm.models.specs import Rotary
 from ownlm.models.two_stream import TwoStream
 from ownlm.models.vision import VisionTower
@@ -101,21 +101,26 @@ GPT2: dict[str, Any] = {
 
 def _decoder(
     name: str, read: Any, names: Names = d.LLAMA, *, prefix: str = "model.", derived: str = ROTARY,
-    spelled: Mapping[str, str] = AS_IS, token: str = "score", **defaults: Any,
+    spelled: Mapping[str, str] = AS_IS, token: str = "score", span: str = "", **defaults: Any,
 ) -> Family:  # fmt: skip
-    """`token` is what files call the head that labels tokens; one for whole texts is "score" everywhere."""
+    """`token` is what files call the head that labels tokens; one for whole texts is "score" everywhere. `span` begins all other names
+    in files with a head for spans; empty: transformers has none in this family."""
     table = names if callable(names) else fixed(names)
+
+    def names_of(config: DecoderConfig) -> Table:
+        task = None if config.head is None else config.head.task
+        body = moved(table(config), prefix, span) if task == "span" else table(config)
+        return body | {"head.out": {"token": token, "span": "qa_outputs"}.get(str(task), "score")}
+
     return Family(
         architecture=name,
-        read=lambda fields: d.with_task(fields, read(fields)),
+        read=lambda fields: d.with_task(fields, read(fields), span=bool(span)),
         spelled=spelled,
         defaults=defaults,
         build=Decoder,
-        names=lambda config: {
-            **table(config),
-            "head.out": token if config.head and config.head.task == "token" else "score",
-        },
+        names=names_of,
         prefix=prefix,
+        span_prefix=span,
         derived=derived,
         copies={"lm_head.weight": "embed_tokens.weight", "embed_out.weight": "embed_tokens.weight"},
     )
@@ -171,22 +176,21 @@ def _llava(name: str, read: Any) -> Family:
 FAMILIES: dict[str, Family] = {
     "gpt2": _decoder(
         "GPT2LMHeadModel", d.read_gpt2, d.GPT2, prefix="transformer.", derived=MASKS, spelled=d.GPT2_FIELDS,
-        token="classifier", **GPT2,
+        token="classifier", span="transformer.", **GPT2,
     ),
     "gpt_neo": _decoder(
         "GPTNeoForCausalLM", d.read_gpt_neo, d.GPT_NEO, prefix="transformer.", derived=MASKS, spelled=d.GPT_NEO_FIELDS,
-        token="classifier",
-        window_size=256, **GPT2,
+        token="classifier", span="transformer.", window_size=256, **GPT2,
     ),
     "gpt_neox": _decoder(
         "GPTNeoXForCausalLM", d.read_gpt_neox, d.gpt_neox_names, prefix="gpt_neox.", derived=MASKS,
-        spelled=d.GPT_NEOX_FIELDS, token="classifier", partial_rotary_factor=0.25,
+        spelled=d.GPT_NEOX_FIELDS, token="classifier", span="gpt_neox.", partial_rotary_factor=0.25,
         **GPT2 | {"hidden_act": "gelu", "tie_word_embeddings": False},
     ),
-    "llama": _decoder("LlamaForCausalLM", d.llama),
-    "mistral": _decoder("MistralForCausalLM", d.read_mistral, sliding_window=4096),
+    "llama": _decoder("LlamaForCausalLM", d.llama, span="transformer."),
+    "mistral": _decoder("MistralForCausalLM", d.read_mistral, span="model.", sliding_window=4096),
     "mixtral": _decoder(
-        "MixtralForCausalLM", d.read_mixtral, d.MIXTRAL, rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8,
+        "MixtralForCausalLM", d.read_mixtral, d.MIXTRAL, span="model.", rope_theta=1e6, rms_norm_eps=1e-5, num_local_experts=8,
         num_experts_per_tok=2,
     ),
     "phi": _decoder("PhiForCausalLM", d.read_phi, d.PHI, hidden_act="gelu_new", partial_rotary_factor=0.5),
@@ -199,10 +203,10 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _decoder(
         "Gemma3ForCausalLM", d.read_gemma3, d.GEMMA2, spelled=d.GEMMA_FIELDS, sliding_window=4096, rope_theta=1e6, **GEMMA,
     ),
-    "qwen2": _decoder("Qwen2ForCausalLM", d.read_qwen2, sliding_window=4096),
-    "qwen3": _decoder("Qwen3ForCausalLM", d.read_qwen3, sliding_window=4096, head_dim=128),
+    "qwen2": _decoder("Qwen2ForCausalLM", d.read_qwen2, span="transformer.", sliding_window=4096),
+    "qwen3": _decoder("Qwen3ForCausalLM", d.read_qwen3, span="transformer.", sliding_window=4096, head_dim=128),
     "qwen3_moe": _decoder(
-        "Qwen3MoeForCausalLM", d.read_qwen3_moe, d.QWEN3_MOE, sliding_window=4096, head_dim=128, num_local_experts=128,
+        "Qwen3MoeForCausalLM", d.read_qwen3_moe, d.QWEN3_MOE, span="transformer.", sliding_window=4096, head_dim=128, num_local_experts=128,
         num_experts_per_tok=8,
     ),
     "gpt_oss": _decoder(
@@ -240,5 +244,5 @@ FAMILIES: dict[str, Family] = {
     "pixtral": _seeing("PixtralVisionModel", v.read_pixtral, VisionTower, v.pixtral_names, defaults=v.PIXTRAL),
     "llava": _llava("LlavaForConditionalGeneration", v.read_llava),
     "mistral3": _llava("Mistral3ForConditionalGeneration", v.read_mistral3),
-    "ownlm": _decoder("Decoder", own.read_own, own.OWN),
+    "ownlm": _decoder("Decoder", own.read_own, own.OWN, span="model."),
 }  # fmt: skip

@@ -9,18 +9,20 @@ from typing import Any
 
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.families.fields import FULL, LOCAL, Fields
-from ownlm.models.families.heads import kind_of, task_head
+from ownlm.models.families.heads import TASKS, kind_of, task_head
 from ownlm.models.families.layers import HEADS, LAYERS, NOTHING, WIDTH, Spec, decoder, gpt_layer, llama_layer
 from ownlm.models.names import Table, To, block
 from ownlm.models.specs import Experts, Layer, Norm, Rotary
 
 
-def with_task(fields: Fields, config: DecoderConfig) -> DecoderConfig:
-    """The same, with the head that the class of the file names if it is one for whole texts or for each token."""
+def with_task(fields: Fields, config: DecoderConfig, *, span: bool) -> DecoderConfig:
+    """The same, with the head that the class of the file names if it is one for whole texts, for each token or, where the family
+    has it, for a span."""
     kind = kind_of(fields.config)
     if kind == "SequenceClassification":
         return replace(config, head=task_head(fields, "sequence", reads="last", bias=False))
-    return replace(config, head=task_head(fields, "token")) if kind == "TokenClassification" else config
+    known = kind == "TokenClassification" or (span and kind == "QuestionAnswering")
+    return replace(config, head=task_head(fields, TASKS[kind])) if known else config
 
 
 def windows(config: DecoderConfig, window: int | None, local: Sequence[bool] | None = None) -> DecoderConfig:

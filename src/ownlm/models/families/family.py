@@ -1,9 +1,9 @@
 """What a family of models is: a way to read its config.json and the names of its tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ class Family:
     build         our config -> the module
     names         our config -> the table of tensor names
     prefix        begins every name but the head's, and is left out in files of the bare model
+    span_prefix   begins them instead where a head for spans follows; empty: the family has no such head, or no other names
     derived       matches stored tensors that are no weights
     spellings     (pattern, replacement) for stored names of older files
     copies        stored tensors that some files hold beside the one they are tied to: the end of the name, and ours
@@ -37,6 +38,7 @@ class Family:
     spelled: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
+    span_prefix: str = ""
     derived: str = r"(?!)"
     spellings: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -46,14 +48,26 @@ class Family:
 Tensors: TypeAlias = tuple[str, Tensor | Blocks, Callable[[int], None]]
 
 
+class Held(Protocol):
+    """A file of tensors, mapped. `give_back()`: what was looked at need not stay in memory."""
+
+    def tensor(self, name: str) -> Tensor | Blocks: ...
+    def stream(self) -> Iterator[Tensors]: ...
+    def give_back(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A checkpoint before its weights are read: its config.json, what it means, the tensors of each file, and a way to read
-    them in turn."""
+    """A checkpoint before its weights are read: its config.json, what it means, the tensors of each file, and the files themselves
+    in the same order."""
 
     hf: Mapping[str, Any]
     config: Any
     family: Family
     files: Mapping[Path, Mapping[str, Entry]]
-    tensors: Callable[[], Iterator[Tensors]]
+    maps: Sequence[Held]
     pooling: Pooling | None = None
+
+    def tensors(self) -> Iterator[Tensors]:
+        for one in self.maps:
+            yield from one.stream()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ownlm import gguf
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
-from ownlm.models.families import FAMILIES
+from ownlm.models.families import FAMILIES, Family, from_hf
 from ownlm.models.gguf import names
 from ownlm.models.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
 from ownlm.models.names import Table, fixed
@@ -63,19 +63,19 @@ class Keys:
             return float(str(value))  # the shortest number that it stands for: 1e-5, not 9.999999747e-06
         return value.item() if isinstance(value, np.generic) else value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         value = self.value(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            self.fail(f"{self.architecture}.{key} must be a whole number from 1, got {value!r:.60}.")
+        if type(value) is not int or not at_least <= value <= LARGEST:
+            self.fail(f"{self.architecture}.{key} must be a whole number from {at_least}, got {value!r:.60}.")
         return value
 
-    def layers(self) -> int:
+    def layers(self, stack: str = "blk.", key: str = "block_count") -> int:
         """How many there are: as many as the file says and holds, so that a claim costs no more than its tensors."""
-        claimed = self.count("block_count")
-        held = {name.split(".")[1] for name in self.file.tensors if name.startswith("blk.")}
+        claimed = self.count(key)
+        held = {name.removeprefix(stack).split(".")[0] for name in self.file.tensors if name.startswith(stack)}
         if claimed != len(held):
-            self.fail(f"{self.architecture}.block_count is {claimed}, but there are tensors of {len(held)} layers.")
+            self.fail(f"{self.architecture}.{key} is {claimed}, but there are tensors of {len(held)} layers.")
         return claimed
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -114,8 +114,10 @@ class Keys:
 MULTI_HEAD = ("head_dim", "num_key_value_heads")  # fields that families of plain heads don't have
 
 
-def decoder(keys: Keys, model_type: str, *, without: tuple[str, ...] = (), **others: Any) -> dict[str, Any]:
-    """What the config.json of most decoders says, as the family spells it."""
+def decoder(
+    keys: Keys, model_type: str, *, without: tuple[str, ...] = (), stack: str = "blk.", **others: Any
+) -> dict[str, Any]:
+    """What the config.json of most decoders says, as the family spells it. `stack` begins the names of its layers."""
     hidden_size, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", max(1, hidden_size // heads))
     if keys.count("attention.value_length", head_dim) != head_dim:
@@ -126,7 +128,7 @@ def decoder(keys: Keys, model_type: str, *, without: tuple[str, ...] = (), **oth
         "model_type": model_type,
         "vocab_size": keys.rows("token_embd.weight"),
         "hidden_size": hidden_size,
-        "num_hidden_layers": keys.layers(),
+        "num_hidden_layers": keys.layers(stack),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -295,6 +297,23 @@ def read_bert(keys: Keys) -> dict[str, Any]:
     return told | {"architectures": ["BertModel"]}
 
 
+def read_t5(keys: Keys) -> dict[str, Any]:
+    """T5 and mT5. llama.cpp never scales what the head multiplies: where T5 1.0 does, the norm before has it (`write.py`)."""
+    own = keys.value("decoder_block_count") is not None
+    return decoder(
+        keys,
+        "t5",
+        stack="enc.blk.",
+        without=("rope_parameters", "num_key_value_heads"),
+        num_decoder_layers=keys.layers("dec.blk.", "decoder_block_count" if own else "block_count"),
+        relative_attention_num_buckets=keys.count("attention.relative_buckets_count"),
+        relative_attention_max_distance=128,  # llama.cpp's only one
+        feed_forward_proj="gated-gelu" if keys.holds("enc.blk.0.ffn_gate.weight") else "relu",
+        scale_decoder_outputs=False,
+        decoder_start_token_id=keys.count("decoder_start_token_id", 0, at_least=0),
+    )
+
+
 def pooling(keys: Keys) -> Pooling | None:
     """How a text's vector is made, where the file says."""
     told = keys.value("pooling_type")
@@ -312,6 +331,13 @@ class Architecture:
     square: bool = False
     windows: bool = False
     differs: str = ""
+
+
+def meaning(keys: Keys, where: str = "config.json") -> tuple[dict[str, Any], Any, Family]:
+    """(config.json, our config, family): what a file means. A family looks for a head under Hugging Face's name."""
+    hf = ARCHITECTURES[keys.architecture].read(keys)
+    stored = frozenset("lm_head.weight" if name == "output.weight" else name for name in keys.file.tensors)
+    return hf, *from_hf(hf, where=where, stored=stored)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -337,4 +363,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "grok": Architecture(read=read_grok, names=fixed(names.GROK), square=True),
     "bert": Architecture(read=read_bert, names=fixed(names.BERT), differs="GELU in its tanh form"),
+    "t5": Architecture(read=read_t5, names=fixed(names.T5)),
 }

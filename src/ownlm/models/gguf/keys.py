@@ -4,7 +4,7 @@ Every number is told once, under llama.cpp's key; an architecture reads those th
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from ownlm import gguf
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.encoder import EncoderConfig
+from ownlm.models.encoder_decoder import EncoderDecoderConfig
 from ownlm.models.pooling import Pooling, PoolingKind
 from ownlm.models.rotary import frequencies, rotated_dims
 from ownlm.models.specs import LinearScaling, Llama3Scaling, LongRope, Rotary, YarnScaling
 
 DIVISORS = "rope_freqs.weight"  # of Llama 3's frequencies
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of LongRope's
+Config: TypeAlias = DecoderConfig | EncoderConfig | EncoderDecoderConfig
 POOLINGS: dict[PoolingKind, int] = {"mean": 1, "cls": 2, "last": 3}
 
 
@@ -28,9 +30,15 @@ def divisors_of(rotary: Rotary, head_dim: int) -> list[float]:
     return [float(n) for n in frequencies(plain, head_dim) / frequencies(rotary, head_dim)]
 
 
-def write(config: DecoderConfig | EncoderConfig, architecture: str) -> dict[str, gguf.Value]:
+def write(config: Config, architecture: str) -> dict[str, gguf.Value]:
     """Every key that llama.cpp may ask for."""
-    told = _encoder(config) if isinstance(config, EncoderConfig) else _decoder(config, architecture)
+    match config:
+        case EncoderConfig():
+            told = _encoder(config)
+        case EncoderDecoderConfig():
+            told = _encoder_decoder(config)
+        case _:
+            told = _decoder(config, architecture)
     return {f"{architecture}.{key}": _typed(value) for key, value in told.items() if value is not None}
 
 
@@ -52,6 +60,25 @@ def _encoder(config: EncoderConfig) -> dict[str, Any]:
         "attention.head_count": layer.attention.num_heads,
         "attention.layer_norm_epsilon": config.norm.eps,
         "attention.causal": False,
+    }
+
+
+def _encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
+    layer = config.layers[0]
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_tokens,
+        "embedding_length": config.hidden_size,
+        "block_count": len(config.encoder),
+        "decoder_block_count": config.num_layers,
+        "feed_forward_length": layer.mlp.size,
+        "attention.head_count": layer.attention.num_heads,
+        "attention.key_length": layer.attention.head_dim,
+        "attention.value_length": layer.attention.head_dim,
+        "attention.layer_norm_epsilon": config.norm.eps,  # llama.cpp's own files have both
+        "attention.layer_norm_rms_epsilon": config.norm.eps,
+        "attention.relative_buckets_count": config.buckets,
+        "decoder_start_token_id": config.start_token,
     }
 
 
@@ -113,7 +140,7 @@ def _typed(value: int | float | bool | str | list[bool]) -> gguf.Value:
     return np.uint32(value) if isinstance(value, int) else np.float32(value) if isinstance(value, float) else value
 
 
-def extra_tensors(config: DecoderConfig | EncoderConfig) -> dict[str, Tensor]:
+def extra_tensors(config: Config) -> dict[str, Tensor]:
     """The tensors that say how positions turn."""
     rotary, head_dim = config.layers[0].rotary, config.layers[0].attention.head_dim
     scaling = None if rotary is None else rotary.scaling

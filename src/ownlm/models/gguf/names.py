@@ -67,3 +67,18 @@ BERT: Table = {
         mlp="ffn_up ffn_down",
     ),
 }
+
+
+def t5() -> Table:
+    table: Table = {"embed_tokens": "token_embd", "lm_head": "output"}
+    for stack, norm, ours in (("enc", "encoder_norm", "encoder"), ("dec", "norm", "decoder")):
+        stored = f"{stack}.blk.{{}}"
+        table |= {norm: f"{stack}.output_norm", f"{ours}_bias": f"{stack}.blk.0.attn_rel_b"}
+        table |= block(stored, f"{ours}.{{}}", norms="attn_norm ffn_norm", gated="ffn_gate ffn_up ffn_down")
+        table |= block(stored, f"{ours}.{{}}", attention="attn_q attn_k attn_v attn_o")
+        table[f"{ours}.{{}}.cross_layernorm"] = f"{stored}.cross_attn_norm"
+        table |= {f"{ours}.{{}}.cross_attn.{part}_proj": f"{stored}.cross_attn_{part}" for part in "qkvo"}
+    return table
+
+
+T5 = t5()

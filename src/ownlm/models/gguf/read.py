@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ownlm import gguf
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.ggml import DECODERS, PLAIN, Blocks
 from ownlm.formats.tensorfile import Entry
-from ownlm.models.families import from_hf
 from ownlm.models.families.family import Opened, Tensors
-from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, pooling
+from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, meaning, pooling
 
 
 def open_gguf(path: Path) -> Opened:
@@ -37,13 +38,13 @@ def open_gguf(path: Path) -> Opened:
             where=str(path),
             cure=f"Known: {', '.join(ARCHITECTURES)}.",
         )
-    architecture = ARCHITECTURES[keys.architecture]
-    hf = architecture.read(keys)
-    config, family = from_hf(hf, where=str(path), stored=frozenset(tensors))
+    hf, config, family = meaning(keys, str(path))
     return Opened(
         hf=hf,
         config=config,
-        family=replace(family, names=architecture.names, prefix="", spellings=(), derived=DERIVED, copies={}),
+        family=replace(
+            family, names=ARCHITECTURES[keys.architecture].names, prefix="", spellings=(), derived=DERIVED, copies={}
+        ),
         files={
             part.path: {
                 name: Entry(PLAIN.get(info.type, torch.float32), info.shape, info.start, info.end)
@@ -51,7 +52,7 @@ def open_gguf(path: Path) -> Opened:
             }
             for part in parts
         },
-        tensors=partial(_stream, parts),
+        maps=[_Mapped(part) for part in parts],
         pooling=pooling(keys),
     )
 
@@ -72,13 +73,27 @@ def _parts(path: Path) -> list[gguf.File]:
     return [gguf.read(part) for part in paths]
 
 
-def _stream(parts: list[gguf.File]) -> Iterator[Tensors]:
-    for part in parts:
-        for name, raw, give_back in gguf.stream(part):
-            info = part.tensors[name]
-            blocks = Blocks(info.type, torch.from_numpy(raw), info.shape, give_back)
-            tensor = blocks if info.type in DECODERS else blocks.tensor(PLAIN[info.type])
-            yield name, tensor, partial(_rows_back, give_back, len(raw), info.shape[0])
+class _Mapped:
+    """A part of a model, mapped: its tensors as blocks, plain ones as numbers."""
+
+    def __init__(self, part: gguf.File) -> None:
+        self.part, self._map = part, gguf.Mapped(part)
+        self.give_back = self._map.give_back
+
+    def tensor(self, name: str) -> Tensor | Blocks:
+        return self._read(name, self._map.bytes(name))
+
+    def stream(self) -> Iterator[Tensors]:
+        for name, raw, give_back in self._map.stream():
+            rows_back = partial(_rows_back, give_back, len(raw), self.part.tensors[name].shape[0])
+            yield name, self._read(name, raw, give_back), rows_back
+
+    def _read(
+        self, name: str, raw: NDArray[np.uint8], give_back: Callable[[int], None] = lambda done: None
+    ) -> Tensor | Blocks:
+        info = self.part.tensors[name]
+        blocks = Blocks(info.type, torch.from_numpy(raw), info.shape, give_back)
+        return blocks if info.type in DECODERS else blocks.tensor(PLAIN[info.type])
 
 
 def _rows_back(give_back: Callable[[int], None], size: int, rows: int, done: int) -> None:

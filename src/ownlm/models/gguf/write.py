@@ -21,14 +21,13 @@ from ownlm.errors import UserError
 from ownlm.formats.ggml_encode import quantize
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.encoder import Encoder, EncoderConfig
-from ownlm.models.families import FAMILIES, from_hf
-from ownlm.models.gguf.architectures import ARCHITECTURES, Keys
-from ownlm.models.gguf.keys import encoder_keys, extra_tensors, write
+from ownlm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from ownlm.models.families import FAMILIES
+from ownlm.models.gguf.architectures import ARCHITECTURES, Keys, meaning
+from ownlm.models.gguf.keys import Config, encoder_keys, extra_tensors, write
 from ownlm.models.names import Stored, nameless, stored_tensors
 from ownlm.models.rotary import attention_factor, frequencies
 from ownlm.models.specs import Layer, LongRope, Rotary
-
-Config = DecoderConfig | EncoderConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +55,9 @@ QUANTIZATIONS: dict[str, Quantization] = {
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q8_0", "Q6_K": "Q8_0", "Q4_0": "F16", "Q5_0": "F16", "Q8_0": "F16"}
 # Small, and llama.cpp adds or looks them up in F32.
 WHOLE = re.compile(
-    r".*(\.bias|ffn_gate_inp\.weight|position_embd\.weight|token_types\.weight|_norm\.weight|attn_sinks\.weight)"
+    r".*(\.bias|ffn_gate_inp\.weight|position_embd\.weight|token_types\.weight|_norm\.weight|attn_sinks\.weight|attn_rel_b\.weight)"
 )
-SENSITIVE = re.compile(r"blk\.(\d+)\.(attn_v|attn_qkv|ffn_down|ffn_down_exps)\.weight")
+SENSITIVE = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.(attn_v|attn_qkv|ffn_down|ffn_down_exps)\.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ class Described:
     notes: tuple[str, ...]
 
 
-def describe(model: Decoder | Encoder, quantization: Quantization) -> Described:
+def describe(model: Decoder | Encoder | EncoderDecoder, quantization: Quantization) -> Described:
     """The model as `gguf.write` takes it. Raises UserError when llama.cpp has no architecture that computes it."""
     body, ours, left = _body(model)
     name, config, notes = choose(body, ours, model.hf)
@@ -90,16 +89,19 @@ def describe(model: Decoder | Encoder, quantization: Quantization) -> Described:
         pieces = partial(_pieces, stored, "F32", {extra: tensor})
         sources.append(gguf.TensorSource(name=extra, type="F32", shape=tuple(tensor.shape), pieces=pieces))
     metadata = write(config, name)
-    if isinstance(config, EncoderConfig):
-        metadata |= encoder_keys(config, model.pooling)
+    if isinstance(model, Encoder):
+        metadata |= encoder_keys(model.config, model.pooling)
     return Described(architecture=name, metadata=metadata, tensors=sources, notes=(*left, *notes))
 
 
-def _body(model: Decoder | Encoder) -> tuple[Config, dict[str, Tensor], tuple[str, ...]]:
+def _body(model: Decoder | Encoder | EncoderDecoder) -> tuple[Config, dict[str, Tensor], tuple[str, ...]]:
     """What llama.cpp has a place for: of an encoder not its heads, which it has no use for, and of RoBERTa's positions those that real
-    tokens have. Its first rows are for padding, and texts have none there."""
+    tokens have. Its first rows are for padding, and texts have none there. What T5 scales before its head goes into the norm there."""
     ours: dict[str, Tensor] = dict(model.named_parameters())
     config = model.config
+    if isinstance(config, EncoderDecoderConfig):
+        scaled = ours | {"norm.weight": ours["norm.weight"].float() * config.logit_scale}
+        return replace(config, logit_scale=1.0), scaled, ()
     if not isinstance(config, EncoderConfig):
         return config, ours, ()
     kept = {
@@ -111,7 +113,7 @@ def _body(model: Decoder | Encoder) -> tuple[Config, dict[str, Tensor], tuple[st
 
 
 def _tied(config: Config) -> bool:
-    return isinstance(config, DecoderConfig) and config.tie_embeddings
+    return not isinstance(config, EncoderConfig) and config.tie_embeddings
 
 
 def _pieces(stored: Stored, type: str, ours: Mapping[str, Tensor]) -> Iterator[NDArray[np.uint8]]:
@@ -127,8 +129,11 @@ def type_of(name: str, shape: tuple[int, ...], quantization: Quantization, confi
     sensitive = SENSITIVE.fullmatch(name)
     type = quantization.head if head else quantization.matrices
     if sensitive:
-        layer, eighth = int(sensitive[1]), config.num_layers // 8
-        outer = layer < eighth or layer >= 7 * config.num_layers // 8
+        layers = config.layers
+        if isinstance(config, EncoderDecoderConfig) and name.startswith("enc."):
+            layers = config.encoder
+        layer, eighth = int(sensitive[1]), len(layers) // 8
+        outer = layer < eighth or layer >= 7 * len(layers) // 8
         type = quantization.finer if outer or (layer - eighth) % 3 == 2 else type
     while shape[-1] % gguf.LAYOUTS[type].block:
         type = FALLBACK[type]
@@ -188,7 +193,7 @@ def _differences(name: str, config: Config, ours: Mapping[str, Tensor]) -> list[
     metadata: dict[str, gguf.Value] = {"general.architecture": name, **write(config, name)}
     try:
         keys = Keys(gguf.File(Path("GGUF"), metadata, infos), small)
-        read, _ = from_hf(architecture.read(keys), stored=frozenset(infos))
+        _, read, _ = meaning(keys)
     except UserError as fault:
         return [fault.what.rstrip(".")]
     if architecture.head and isinstance(config, DecoderConfig):
@@ -233,7 +238,7 @@ def _turns(layer: Layer) -> list[float]:
 NATIVE = {
     "mistral": "llama", "mixtral": "llama", "gpt_neo": "gpt2", "gpt_neox": "gptneox", "phi": "phi2", "gemma3_text": "gemma3",
     "gpt_oss": "gpt-oss", "grok-1": "grok", "qwen3_moe": "qwen3moe", "roberta": "bert", "xlm-roberta": "bert",
-    "camembert": "bert", "distilbert": "bert",
+    "camembert": "bert", "distilbert": "bert", "mt5": "t5",
 }  # fmt: skip
 
 assert set(NATIVE) <= set(FAMILIES)

@@ -1,0 +1,4 @@
+#define ISA neon
+#include "vec_neon.h"
+
+#include "kernels.inc"

@@ -1,0 +1,4 @@
+#define ISA neondot
+#include "vec_neon.h"
+
+#include "kernels.inc"

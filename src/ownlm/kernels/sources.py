@@ -1,0 +1,102 @@
+"""What weights come as, and how they are handed to the packing in C++: numbers, codes, or blocks of a GGUF file.
+
+Matrices that are packed as one (q, k and v) become one kind: codes of 8 and 4 bits int8, with the same values; codes beside numbers
+numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ownlm.formats.ggml import Blocks
+from ownlm.models.decoder import Decoder
+from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
+from ownlm.models.recode import exactly, recode, scheme_of, widened
+
+Kind = Literal["f32", "bf16", "int8", "int4"]
+Weight: TypeAlias = Tensor | Codes | Blocks
+WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
+# `Source` of cpu/api.cpp.
+FLOATS, BF16S, CODES = 0, 1, 2
+AS_THEY_LIE = {"Q8_0": 3, "Q4_0": 4}
+PIECE = 2**22  # numbers made of blocks at a time
+
+
+def weight_of(module: nn.Module | Tensor) -> Weight:
+    """The weight of a layer (or of a stack of experts, itself a tensor), in codes where it is kept so."""
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        return module.blocks or module.kept
+    weight: Tensor = module if isinstance(module, Tensor) else module.weight  # type: ignore[assignment]
+    return weight
+
+
+def by_row(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
+    """The weight with its rows changed: padded, put into another order."""
+    if isinstance(weight, Blocks):
+        return weight.by_row(change)
+    if isinstance(weight, Codes):
+        return Codes(weight.scheme, change(weight.codes), change(weight.scales), weight.columns)
+    return change(weight)
+
+
+def numbers(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.tensor()
+
+
+def kept_kind(weight: Codes | Blocks) -> Literal["int8", "int4"]:
+    scheme = scheme_of(weight.type) if isinstance(weight, Blocks) else weight.scheme
+    assert scheme != "nf4", "ask `unsupported` first"
+    return scheme
+
+
+def default_kind(model: Decoder) -> Kind:
+    """That of most of its matrices in codes; without any bf16 for a model in it, else float32."""
+    kept = [module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)]
+    if kept:
+        schemes = [kept_kind(module.kept) for module in kept]
+        return max(("int8", "int4"), key=schemes.count)  # type: ignore[arg-type]
+    return "bf16" if model.dtype == torch.bfloat16 else "f32"
+
+
+def together(parts: Sequence[Weight], kind: Kind) -> tuple[Sequence[Weight], Kind]:
+    """Parts of one matrix in one kind: that of their codes, or `kind` where there are numbers among them."""
+    if any(isinstance(part, Tensor) for part in parts):
+        return [numbers(part) for part in parts], kind
+    kinds = {kept_kind(part) for part in parts if not isinstance(part, Tensor)}
+    if len(kinds) == 1:
+        return parts, kinds.pop()
+    return [part if kept_kind(part) == "int8" else widened(as_codes(part)) for part in parts], "int8"  # type: ignore[arg-type]
+
+
+def as_codes(weight: Codes | Blocks) -> Codes:
+    return recode(weight) if isinstance(weight, Blocks) else weight
+
+
+def pieces(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+    """(rows, source, values, scales) of runs of rows: what `ownlm_pack` takes, contiguous."""
+    if isinstance(weight, Blocks):
+        if weight.type in AS_THEY_LIE:
+            yield len(weight), AS_THEY_LIE[weight.type], weight.raw.contiguous(), None
+            return
+        step = max(1, PIECE // weight.shape[-1])
+        for at in range(0, len(weight), step):
+            piece = weight[at : at + step]
+            whole = exactly(piece)
+            yield from pieces(piece.tensor() if whole is None else whole)
+        return
+    if isinstance(weight, Codes):
+        yield len(weight), CODES, weight.codes.contiguous(), weight.scales.contiguous()
+        return
+    source = BF16S if weight.dtype == torch.bfloat16 else FLOATS
+    step = len(weight) if source == BF16S or weight.dtype == torch.float32 else max(1, PIECE // weight.shape[-1])
+    for at in range(0, len(weight), step):
+        values = weight[at : at + step].detach()
+        yield len(values), source, (values if source else values.float()).contiguous(), None
+
+
+def weights_state(module: nn.Module) -> WeightsState:
+    """Which tensors a model consists of and how often each was changed in place: equal states are equal weights."""
+    held = (*module.parameters(), *module.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype) for tensor in held)

@@ -1,0 +1,168 @@
+"""Search over beams on decoders: transformers' own answers, token for token; shared pages; every page comes back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from references import CONFIGS, save
+from test_engine import RUNNERS
+
+from ownlm.errors import ContextTooLong, UserError
+from ownlm.generate import beams
+from ownlm.generate.engine import Engine
+from ownlm.generate.runners import NativeRunner, Runner
+from ownlm.generate.sampling import Sampling
+from ownlm.generate.sequence import Row
+from ownlm.generate.torch_runner import PAGE, TorchRunner, torch_runner
+from ownlm.kernels.native import NativeDecoder
+from ownlm.models.decoder import Decoder
+from ownlm.models.weights import load_model
+from tiny import tiny_model, tiny_tokenizer
+
+VOCABULARY, LIMIT = 24, 26
+TOKENIZER = tiny_tokenizer()
+FAMILIES = ("llama3", "gpt2", "qwen3")
+Pair = tuple[Any, Decoder]
+Settings = tuple[int, int, float, bool | str]  # beams, n, length_penalty, early_stopping
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """By family: transformers' model and ours of the same weights, unsure enough that beams change places."""
+    made: dict[str, Pair] = {}
+
+    def get(name: str) -> Pair:
+        if name not in made:
+            path = tmp_path_factory.mktemp(name)
+            reference = save({**CONFIGS[name], "vocab_size": VOCABULARY, "tie_word_embeddings": False}, path)
+            with torch.no_grad():
+                reference.lm_head.weight.mul_(0.15)
+            reference.save_pretrained(path)
+            made[name] = reference, load_model(path)
+        return made[name]
+
+    return get
+
+
+def engine(model: Decoder, runner: str, *, pages: int = 60, slots: int = 20) -> Engine:
+    made: Runner
+    if runner == "native":
+        made = NativeRunner(NativeDecoder(model, max_tokens=128), model, pages=pages)
+    elif runner == "pages":
+        made = TorchRunner(model, pages=pages, page=PAGE, static=True)
+    else:
+        made = torch_runner(model, slots=slots, context=128)
+    return Engine(model, TOKENIZER, context=128, runner=made, prefill_tokens=16)
+
+
+def prompts(seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in (9, 1, 64, 31)]
+
+
+def theirs(reference: Any, prompt: list[int], stops: Sequence[int], **settings: Any) -> list[tuple[int, ...]]:
+    """What transformers finds for a prompt, without the padding after a stop token."""
+    out = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        do_sample=False,
+        eos_token_id=list(stops) or None,
+        pad_token_id=0,
+        max_new_tokens=LIMIT,
+        **settings,
+    )
+    rows = []
+    for row in out[:, len(prompt) :].tolist():
+        end = next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+        rows.append(tuple(row[:end]))
+    return rows
+
+
+SEARCHES: list[tuple[list[int], Settings]] = [
+    ([], (2, 1, 1.0, False)),
+    ([5], (4, 3, 0.0, False)),
+    ([1, 5, 9], (3, 3, 2.0, True)),
+    ([1, 5], (5, 2, 0.6, "never")),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_beams_equal_transformers(name: str, pairs: Callable[[str], Pair]) -> None:
+    reference, model = pairs(name)
+    found = set()
+    for seed, (stops, (count, n, penalty, early)) in enumerate(SEARCHES):
+        search: dict[str, Any] = {"length_penalty": penalty, "early_stopping": early}
+        expected = [
+            theirs(reference, prompt, stops, num_beams=count, num_return_sequences=n, **search)
+            for prompt in prompts(seed)
+        ]
+        for runner in RUNNERS:
+            made = engine(model, runner)
+            asked = Sampling(beams=count, n=n, max_tokens=LIMIT, stop_ids=frozenset(stops), **search)
+            answers = beams.search(made, prompts(seed), asked)
+            assert [[one.tokens for one in row] for row in answers] == expected
+            assert not any(made.pool.users)
+            assert len(made.pool.free) + len(made.pool.idle) == made.pool.count
+        found.update(answer for row in expected for answer in row)
+    assert len(found) > 25  # no search that always finds the same
+
+
+@pytest.mark.skipif(RUNNERS[-1] != "native", reason="no native kernels here")
+def test_beams_share_the_pages_of_what_they_have_in_common(pairs: Callable[[str], Pair]) -> None:
+    """Of a prompt of 64 tokens two full pages, once for all beams; no token is read twice."""
+    _, model = pairs("qwen3")
+    made, read, most = engine(model, "native"), 0, 0
+    inner = made.runner.run
+
+    def counted(rows: Sequence[Row]) -> list[torch.Tensor]:
+        nonlocal read, most
+        read += sum(len(row.tokens) for row in rows)
+        most = max(most, sum(users > 0 for users in made.pool.users))
+        return inner(rows)
+
+    made.runner.run = counted  # type: ignore[method-assign]
+    search = Sampling(beams=8, max_tokens=20, stop_ids=frozenset())
+    [[best]] = beams.search(made, [prompts(0)[2]], search)
+    assert len(best.tokens) == 20
+    assert read <= 64 + 8 * 19
+    assert most <= 2 + 8
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_could_never_fit_is_told_with_numbers(runner: str, pairs: Callable[[str], Pair]) -> None:
+    _, model = pairs("qwen3")
+    made = engine(model, runner, pages=8, slots=3)
+    search = Sampling(beams=4, max_tokens=100, stop_ids=frozenset())
+    with pytest.raises(UserError, match=r"4 beams of 109 tokens need \d+ pages of the cache, and it has \d"):
+        beams.search(made, [prompts(0)[0]], search)
+    with pytest.raises(ContextTooLong):
+        beams.search(made, [prompts(0)[2]], search)
+    # One after the other, where not all fit side by side.
+    narrow, asked = engine(model, runner, pages=12, slots=5), Sampling(beams=4, max_tokens=40, stop_ids=frozenset())
+    found = beams.search(narrow, prompts(1), asked)
+    alone = [beams.search(narrow, [prompt], asked)[0] for prompt in prompts(1)]
+    assert [[one.tokens for one in row] for row in found] == [[one.tokens for one in row] for row in alone]
+
+
+def test_the_public_model_searches() -> None:
+    model = tiny_model(gain=0.5)
+    settings: dict[str, Any] = {"beams": 4, "max_tokens": 12}
+    texts = ["once", "a longer beginning of a text"]
+    together = model.generate(texts, **settings)
+    assert [model.generate(text, **settings).tokens for text in texts] == [one.tokens for one in together]
+    assert "".join(model.stream(texts[0], **settings)) == together[0].text
+    for text, one in zip(texts, together, strict=True):
+        scored = model.logits([[*model.prompt_ids(text), *one.tokens]])[0].log_softmax(-1)
+        first = len(model.prompt_ids(text)) - 1
+        assert one.logprobs == pytest.approx(
+            [float(scored[first + k, id]) for k, id in enumerate(one.tokens)], abs=1e-3
+        )
+    [several] = model.answers([model.prompt_ids("once")], Sampling(n=3, **settings))
+    assert several[0].tokens == together[0].tokens
+    assert len({one.tokens for one in several}) == 3
+    for wrong in ({"temperature": 1.0}, {"stop": ("x",)}, {"presence_penalty": 1.0}, {"n": 5}, {"best_of": 4}):
+        with pytest.raises(UserError, match="beams"):
+            Sampling(beams=4, **wrong)
+    with pytest.raises(UserError, match="no events"):
+        next(model.events(model.prompt_ids("once"), Sampling(beams=4)))
