@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import NotFound, UserError
@@ -101,7 +103,9 @@ class Adapters:
         native = self.kernels()
         weights: NativeAdapter | Learned
         if native is None:
-            weights = learned.to(self.base.device)
+            # A base whose weights are still in its files is going to have them on the CPU.
+            device = self.base.device
+            weights = learned.to(torch.device("cpu") if device.type == "meta" else device)
         else:
             weights = NativeAdapter(native, learned)
         adapter = Adapter(
