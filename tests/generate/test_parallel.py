@@ -53,7 +53,7 @@ def end(model: Model) -> None:
     """Let its processes go before another test wants to split a model."""
     assert model.ranks is not None
     model.ranks.close()
-    assert all(process.returncode == 0 for process in model.ranks.processes)
+    assert [process.returncode for process in model.ranks.processes] == [0] * len(model.ranks.processes)
 
 
 @pytest.mark.parametrize(

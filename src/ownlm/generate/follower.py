@@ -3,7 +3,7 @@
     rank 0 ── a line of JSON: which part of which checkpoint ──► follower: loads it, says "loaded"
            ── "meet" ─────────────────────────────────────────►          joins the group of torch.distributed
            ── commands, frames of int64 ──────────────────────►          does the same arithmetic on its shard
-           ── end of the pipe: rank 0 has ended, or wants no more ─────► ends
+           ── end of the pipe: rank 0 has ended, or wants no more ─────► says "done", ends
 
 Commands are numbers only. Nothing of the arithmetic goes through the pipe: sums go through the group.
 Shapes: B rows, T tokens, W wanted tokens, D hidden.
@@ -189,6 +189,7 @@ def live(pipe: IO[bytes], say: Callable[..., None]) -> None:
     with torch.inference_mode():
         while (numbers := read(pipe)) is not None:
             follower.do(numbers)
+    say(done=part.rank)
     dist.destroy_process_group()
 
 

@@ -272,6 +272,10 @@ def _end(processes: list[subprocess.Popen[bytes]], folder: str) -> None:
         if process.stdin is not None:
             with suppress(OSError):
                 process.stdin.close()
+    for process in processes:
+        # One may still be in a sum that is complete here; it would lose what is on the way to it.
+        if process.stdout is not None and select.select([process.stdout], [], [], END_S)[0]:
+            process.stdout.readline()
     if dist.is_initialized():
         dist.destroy_process_group()
     for process in processes:
