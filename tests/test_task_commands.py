@@ -182,7 +182,6 @@ def test_how_a_model_writes_can_be_set(models: dict[str, str], run: Run, tmp_pat
         ),
         (("summarize", "t5", "none.txt"), "Write @none.txt for the file of that name"),
         (("summarize", "t5", "x y", "--set", "beam=2"), "beam is not a field. Did you mean beams"),
-        (("summarize", "decoder", "x y", "--set", "beams=2"), "beams"),
         (("translate", "t5", "x", "--from", "en", "--to", "de", "--set", "beams"), "beams"),
         (("answer", "span", "Who?", "--context", " "), "is empty"),
         (("translate", "names", "x", "--from", "en", "--to", "de"), "reads texts and writes none"),
