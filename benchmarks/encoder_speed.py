@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.kernels import library
 from ownlm.models.calibrate import quantize_rest
 from ownlm.models.quantize import Scheme

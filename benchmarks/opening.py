@@ -57,10 +57,10 @@ def report(imported, opened, weights, cache):
 """
 OURS = """
 import torch
-import ownlm.generate.model
+import ownlm.generate.opening
 torch.set_num_threads(int(sys.argv[3]))
 imported, opened = kilobytes("VmRSS"), time.time()
-model = ownlm.generate.model.load(sys.argv[2], device="cpu", dtype=getattr(torch, sys.argv[4]))
+model = ownlm.generate.opening.load(sys.argv[2], device="cpu", dtype=getattr(torch, sys.argv[4]))
 next(model.stream("ab", max_tokens=1, temperature=0, stop_ids=frozenset()))
 native = model._native
 report(imported, opened, native.memory_bytes, native.page_bytes() * model.context // 32)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ownlm.cli import main
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
 from ownlm.models.tuning import with_head

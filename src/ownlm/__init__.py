@@ -22,7 +22,7 @@ PUBLIC = {
     "convert": "ownlm.formats.convert",
     "export": "ownlm.release.export",
     "finetune": "ownlm.api",
-    "load": "ownlm.generate.model",
+    "load": "ownlm.generate.opening",
     "pretrain": "ownlm.api",
     "quantize": "ownlm.api",
     "show": "ownlm.api",

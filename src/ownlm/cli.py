@@ -15,6 +15,7 @@ from typing import Any
 from ownlm import __version__, device
 from ownlm.artifact import Workspace
 from ownlm.errors import Interrupted, UserError
+from ownlm.model_commands import bench, chat, generate, serve
 from ownlm.report import Reporter, duration, quantity, size
 from ownlm.task_commands import answer, classify, embed, summarize, translate
 
@@ -109,68 +110,6 @@ def stage(args: Arguments, reporter: Reporter) -> None:
     reporter.event("artifact", ref=made.ref, kind=made.kind, path=made.path, digest=made.digest, facts=made.facts)
 
 
-def generate(args: Arguments, reporter: Reporter) -> None:
-    """Continue a prompt; with --chat, answer it as a user's message. "-" reads the prompt from standard input."""
-    workspace = _workspace_ahead(args.ref, reporter)
-    from ownlm import recipe
-    from ownlm.generate.model import load_writer
-    from ownlm.generate.sampling import Sampling
-
-    sampling = recipe.read(Sampling, None, args.override)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    model = load_writer(args.ref, adapter=args.adapter, draft=args.draft, workspace=workspace)
-    question: Any = [{"role": "user", "content": prompt}] if args.chat else prompt
-    if args.json:
-        from dataclasses import asdict
-
-        reporter.event("completion", **asdict(model.generate(question, sampling=sampling)))
-        return
-    for piece in model.stream(question, sampling=sampling):
-        reporter.out.write(piece)
-        reporter.out.flush()
-    reporter.line("")
-
-
-def chat(args: Arguments, reporter: Reporter) -> None:
-    """Talk to a model in the terminal."""
-    workspace = _workspace_ahead(args.ref, reporter)
-    from ownlm import recipe
-    from ownlm.generate.chat import chat as talk
-    from ownlm.generate.model import load_decoder
-    from ownlm.generate.sampling import Sampling
-
-    sampling = recipe.read(Sampling, None, args.override)
-    model = load_decoder(args.ref, adapter=args.adapter, draft=args.draft, workspace=workspace)
-    talk(model, sampling=sampling)
-
-
-def bench(args: Arguments, reporter: Reporter) -> None:
-    """Measure how fast a decoder generates on this machine's processor, beside what its memory and its cores allow: a table, and in a
-    folder bench.json and bench.html with a roofline."""
-    from dataclasses import asdict
-
-    from ownlm.evaluate import bench as benches
-
-    out = Path(args.out or f"bench-{Path(args.ref).name.removesuffix('.gguf')}")
-    if out.exists() and not out.is_dir():
-        raise UserError("this is a file.", where=str(out), cure="Name a folder: --out DIR.")
-    done = benches.bench(
-        args.ref,
-        kind=args.kind,
-        threads=args.threads,
-        prompts=args.prompts,
-        batches=args.batches or benches.BATCHES,
-        workspace=_workspace(reporter),
-        reporter=reporter,
-    )
-    benches.write(done, out)
-    for text in benches.about(done):
-        reporter.line(text)
-    reporter.table(*benches.table(done))
-    reporter.line(f"{out / 'bench.html'} has the picture, {out / 'bench.json'} the numbers.")
-    reporter.event("bench", out=out, **asdict(done))
-
-
 def convert(args: Arguments, reporter: Reporter) -> None:
     """Turn pickled weights (pytorch_model.bin, shards, any file of torch.save) into a safetensors folder, in a confined process."""
     from ownlm.formats.convert import convert as run
@@ -216,45 +155,6 @@ def export(args: Arguments, reporter: Reporter) -> None:
     reporter.event("exported", **asdict(done))
 
 
-def serve(args: Arguments, reporter: Reporter) -> None:
-    """Serve a model over the OpenAI API with a chat page. Keys come from $OWNLM_API_KEYS; beyond loopback they are required."""
-    from ownlm.serve.server import serve as run
-
-    merged, named = _adapters(args.adapter)
-    run(
-        args.ref,
-        adapter=merged,
-        adapters=named,
-        draft=args.draft,
-        host=args.host,
-        port=args.port,
-        kv=args.kv,
-        api_keys=device.api_keys(),
-        admin_keys=device.admin_keys(),
-        workspace=_workspace(reporter),
-        reporter=reporter,
-    )
-
-
-def _adapters(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """Of `--adapter REF` and `--adapter NAME=REF` the one to merge, and those to serve by name."""
-    merged: list[str] = []
-    named: dict[str, str] = {}
-    for word in words:
-        name, sign, ref = word.partition("=")
-        if not sign or "/" in name:  # a path may have the sign in it
-            merged.append(word)
-        elif name in named:
-            raise UserError(f"two adapters are called {name!r}.", where="--adapter", cure="Give each its own name.")
-        else:
-            named[name] = ref
-    if len(merged) > 1:
-        raise UserError(
-            "only one adapter can be merged into the model.", where="--adapter", cure="Name them: --adapter NAME=REF."
-        )
-    return (merged[0] if merged else None), named
-
-
 def _numbers(word: str) -> list[int]:
     """Whole numbers between commas: _numbers("1,4") == [1, 4]."""
     try:
@@ -287,6 +187,15 @@ DRAFT = (
         "default": None,
         "metavar": "NAME",
         "help": "a small model of the same vocabulary that writes ahead: the same text, sooner",
+    },
+)
+TENSOR_PARALLEL = (
+    "--tensor-parallel",
+    {
+        "default": 1,
+        "type": int,
+        "metavar": "N",
+        "help": "processes to split the model over, one for each GPU (default 1)",
     },
 )
 SAMPLING = (
@@ -344,6 +253,7 @@ COMMANDS: dict[str, Command] = {
             ("--chat", {"action": "store_true", "help": "ask as a user's message, through the chat template"}),
             ADAPTER,
             DRAFT,
+            TENSOR_PARALLEL,
             (SAMPLING[0], SAMPLING[1] | {"help": "max_tokens, temperature, top_p, top_k, seed, stop, beams …"}),
         ),
     ),
@@ -390,7 +300,7 @@ COMMANDS: dict[str, Command] = {
         run=summarize,
         arguments=(REF, ("text", {"metavar": "TEXT", "nargs": "+", "help": ONE_TEXT}), ADAPTER, SET),
     ),
-    "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, SAMPLING)),
+    "chat": Command(run=chat, arguments=(REF, ADAPTER, DRAFT, TENSOR_PARALLEL, SAMPLING)),
     "bench": Command(
         run=bench,
         arguments=(
@@ -484,6 +394,7 @@ COMMANDS: dict[str, Command] = {
                 },
             ),
             DRAFT,
+            TENSOR_PARALLEL,
             ("--host", {"default": "127.0.0.1", "help": "address to listen on (default 127.0.0.1)"}),
             ("--port", {"default": 8000, "type": int, "help": "port to listen on (default 8000)"}),
             (
@@ -547,13 +458,6 @@ def children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
     """The parser of each command."""
     (action,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(action.choices)
-
-
-def _workspace_ahead(ref: str, reporter: Reporter) -> Workspace:
-    """The workspace, which reads the files of `ref` through while torch is imported."""
-    workspace = _workspace(reporter)
-    workspace.check_ahead(ref)
-    return workspace
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

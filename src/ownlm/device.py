@@ -62,6 +62,15 @@ def kernels() -> str:
     return os.environ.get("OWNLM_KERNELS", "")
 
 
+def stay_on_loopback() -> None:
+    """Let torch.distributed's processes of this machine meet on its loopback address only, where nobody else reaches them."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address == "127.0.0.1" for one in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept between runs, as the XDG base directories say."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ownlm"
@@ -143,10 +152,14 @@ def total_memory_bytes() -> int:
     return total
 
 
-def free_memory_bytes() -> int:
-    """Memory that can be taken now without swapping."""
+def free_memory_bytes(device: "torch.device | None" = None) -> int:
+    """Memory that can be taken now without swapping; or that is free on a GPU."""
     import psutil
 
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 

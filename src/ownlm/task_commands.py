@@ -21,7 +21,8 @@ def classify(args: Arguments, reporter: Reporter) -> None:
     """Say what each text (or image) is: labels with probabilities, or names with their characters, by the model's head."""
     from dataclasses import asdict
 
-    from ownlm.generate.model import Model, load
+    from ownlm.generate.model import Model
+    from ownlm.generate.opening import load
     from ownlm.generate.vision import ImageClassifier, ImageText
 
     model = load(args.ref, adapter=args.adapter, workspace=Workspace.at_home(reporter))
@@ -60,7 +61,8 @@ def embed(args: Arguments, reporter: Reporter) -> None:
 
     import numpy as np
 
-    from ownlm.generate.model import Model, load
+    from ownlm.generate.model import Model
+    from ownlm.generate.opening import load
     from ownlm.generate.vision import ImageText
 
     out = None if args.out is None else Path(args.out)
@@ -112,7 +114,7 @@ def summarize(args: Arguments, reporter: Reporter) -> None:
 
 
 def _writer(args: Arguments, reporter: Reporter) -> Any:
-    from ownlm.generate.model import load_writer
+    from ownlm.generate.opening import load_writer
 
     return load_writer(args.ref, adapter=args.adapter, workspace=Workspace.at_home(reporter))
 

@@ -15,11 +15,14 @@ from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.generate.adapters import Adapter
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
-from ownlm.generate.runners import NativeRunner, TorchRunner
+from ownlm.generate.opening import load
+from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event
+from ownlm.generate.torch_runner import PAGE, TorchRunner
 from ownlm.kernels import library, native
 from ownlm.models.peft import CONFIG, TENSORS
+from ownlm.models.weights import save_model
 from tiny import tiny_adapter, tiny_merged, tiny_model
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
@@ -43,11 +46,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "modules"])
+@pytest.fixture(params=[pytest.param("native", marks=needs_kernels), "modules", "pages"])
 def loaded(request: pytest.FixtureRequest, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model with all adapters loaded, on the kernels and on PyTorch."""
-    if request.param == "modules":
+    """The model with all adapters loaded, on the kernels and on PyTorch: as on a CPU, and over pages with steps on steady tensors."""
+    if request.param != "native":
         monkeypatch.setattr(native, "unsupported", lambda model: "not here")
+    if request.param == "pages":
+        monkeypatch.setattr(
+            "ownlm.generate.model.torch_runner",
+            lambda model, **_: TorchRunner(model, pages=64, page=PAGE, static=True),
+        )
     model = tiny_model()
     for name, folder in folders.items():
         model.adapters.load(name, folder)
@@ -93,6 +101,23 @@ def test_each_answer_of_a_mixed_batch_is_the_merged_models(loaded: Model, folder
     )
     # The model itself was never touched.
     assert loaded.logits([prompts[0]]).equal(tiny_model().logits([prompts[0]]))
+
+
+@needs_kernels
+def test_adapters_wait_beside_a_base_that_is_read_later(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no memory for packed weights, the modules get theirs when the first answer is asked for."""
+    made = tiny_model()
+    save_model(made.decoder, tmp_path)
+    made.tokenizer.save(tmp_path)
+    monkeypatch.setattr(native, "packed_bytes", lambda model: 2**60)
+    model = load(tmp_path, device="cpu")
+    assert isinstance(model, Model)
+    model.adapters.load("a", folders["a"])
+    assert next(model.shapes.parameters()).is_meta
+    found = model.generate(TEXTS[0], adapter="a", max_tokens=9)
+    assert found.text == tiny_merged(made, folders["a"]).generate(TEXTS[0], max_tokens=9).text
 
 
 @needs_kernels

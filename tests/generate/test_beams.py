@@ -11,9 +11,10 @@ from test_engine import RUNNERS
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import beams
 from ownlm.generate.engine import Engine
-from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Row
+from ownlm.generate.torch_runner import PAGE, TorchRunner, torch_runner
 from ownlm.kernels.native import NativeDecoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.weights import load_model
@@ -48,8 +49,10 @@ def engine(model: Decoder, runner: str, *, pages: int = 60, slots: int = 20) -> 
     made: Runner
     if runner == "native":
         made = NativeRunner(NativeDecoder(model, max_tokens=128), model, pages=pages)
+    elif runner == "pages":
+        made = TorchRunner(model, pages=pages, page=PAGE, static=True)
     else:
-        made = TorchRunner(model, slots=slots, context=128)
+        made = torch_runner(model, slots=slots, context=128)
     return Engine(model, TOKENIZER, context=128, runner=made, prefill_tokens=16)
 
 

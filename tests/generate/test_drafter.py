@@ -13,9 +13,10 @@ from ownlm.generate.drafts import Costs
 from ownlm.generate.engine import Engine
 from ownlm.generate.grammar import Form
 from ownlm.generate.model import Model
-from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event
+from ownlm.generate.torch_runner import torch_runner
 from ownlm.kernels.native import NativeDecoder, unsupported
 from tiny import tiny_model
 
@@ -39,7 +40,7 @@ SMALL = near(1, 0.03)
 def runner(model: Model, pages: int) -> Runner:
     if NATIVE:
         return NativeRunner(NativeDecoder(model.decoder), model.decoder, pages=pages)
-    return TorchRunner(model.decoder, slots=pages, context=128)
+    return torch_runner(model.decoder, slots=pages, context=128)
 
 
 def free(costs: Costs) -> None:

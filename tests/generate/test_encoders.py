@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
 
 from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.models.encoder import Encoder
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal

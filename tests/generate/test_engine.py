@@ -13,9 +13,10 @@ from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.drafts import Costs, Echoes, Share
 from ownlm.generate.engine import Engine
 from ownlm.generate.pace import Pace
-from ownlm.generate.runners import NativeRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event, Row
+from ownlm.generate.torch_runner import PAGE, TorchRunner
 from ownlm.kernels.native import KV, NativeDecoder, unsupported
 from tiny import tiny_model
 
@@ -188,16 +189,18 @@ def test_bfloat16_weights_generate() -> None:
     assert model.generate("hello", max_tokens=4, stop_ids=frozenset()).finish_reason == "length"
 
 
-RUNNERS = ["modules", *(["native int8", "native"] if unsupported(MODEL.decoder) is None else [])]
+RUNNERS = ["modules", "pages", *(["native int8", "native"] if unsupported(MODEL.decoder) is None else [])]
 
 
 def small_engine(runner: str, pages: int = 6) -> Engine:
-    """Three answers at a time; natively over so few pages that not all of them can be long."""
-    if runner == "modules":
-        return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16)
-    kv: KV | None = "int8" if runner == "native int8" else None
-    native = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages, kv=kv)
-    return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16, runner=native)
+    """Three answers at a time; over so few pages that not all of them can be long, but for the modules as they run on a CPU."""
+    made: Runner | None = None
+    if runner == "pages":
+        made = TorchRunner(MODEL.decoder, pages=pages, page=PAGE, static=True)
+    elif runner != "modules":
+        kv: KV | None = "int8" if runner == "native int8" else None
+        made = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=pages, kv=kv)
+    return Engine(MODEL.decoder, MODEL.tokenizer, slots=3, prefill_tokens=16, runner=made)
 
 
 def no_page_is_lost(engine: Engine) -> None:
@@ -265,14 +268,18 @@ class Pages(RuleBasedStateMachine):
         assert not any(self.engine.pool.users)
 
 
+class TorchPages(Pages):
+    runner = "pages"
+
+
 class NativePages(Pages):
     runner = RUNNERS[-1]
 
 
-Pages.TestCase.settings = NativePages.TestCase.settings = settings(
+Pages.TestCase.settings = TorchPages.TestCase.settings = NativePages.TestCase.settings = settings(
     max_examples=8, stateful_step_count=25, deadline=None
 )
-TestPages, TestNativePages = Pages.TestCase, NativePages.TestCase
+TestPages, TestTorchPages, TestNativePages = Pages.TestCase, TorchPages.TestCase, NativePages.TestCase
 
 
 def test_ten_thousand_requests_with_cancellations_leak_no_page() -> None:

@@ -10,8 +10,10 @@ import torch
 from references import CONFIGS
 from torch import Tensor
 
-from ownlm.generate.model import Model, load
-from ownlm.generate.runners import NativeRunner, TorchRunner
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
+from ownlm.generate.runners import NativeRunner
+from ownlm.generate.torch_runner import TorchRunner
 from ownlm.kernels import library
 from ownlm.models.blank import blank
 from ownlm.models.calibrate import quantize_decoder
@@ -111,7 +113,7 @@ def test_without_memory_for_packed_weights_the_modules_speak(tmp_path: Path, mon
     model = loaded(saved(tmp_path, "codes"))
     assert isinstance(model.engine(1).runner, NativeRunner)
     again = loaded(tmp_path)
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: 0)
     assert isinstance(again.engine(1).runner, TorchRunner)
     assert again.generate("hello", **FREE).text
 
@@ -129,7 +131,7 @@ import sys
 from pathlib import Path
 import torch
 from ownlm import device
-from ownlm.generate.model import load
+from ownlm.generate.opening import load
 def ask(path):
     model = load(path, device="cpu", dtype=torch.bfloat16)
     model.generate("hello", max_tokens=2, stop_ids=frozenset())

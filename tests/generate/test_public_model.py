@@ -11,7 +11,8 @@ import torch
 from ownlm.artifact import Workspace
 from ownlm.errors import ArtifactError, ContextTooLong, NotFound, UserError
 from ownlm.generate.chat import chat
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.kernels import native
@@ -140,7 +141,7 @@ def test_embeddings_are_means_of_hidden_states() -> None:
 
 def test_the_cache_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     token_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their width, float32
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: token_bytes * 128 * 4 * 3 + 1)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: token_bytes * 128 * 4 * 3 + 1)
     pool = MODEL.engine(8).pool
     assert 128 < pool.count * pool.size <= 3 * 128  # fewer where heads are padded
 
@@ -149,10 +150,10 @@ def test_the_cache_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_memory_has_no_room_for_is_told_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     page_bytes = NativeDecoder(MODEL.decoder).page_bytes()
     # A quarter is not enough for the context of four pages, three quarters are.
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: int(page_bytes * 5.5))
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: int(page_bytes * 5.5))
     monkeypatch.setattr("ownlm.kernels.native.packed_bytes", lambda model: 0)
     assert MODEL.engine(8).context == 128
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: int(page_bytes * 3))
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: int(page_bytes * 3))
     engine = MODEL.engine(8)
     assert (engine.context, engine.pool.count) == (64, 2)
     with pytest.raises(
@@ -163,7 +164,7 @@ def test_what_memory_has_no_room_for_is_told_with_the_counts(monkeypatch: pytest
     request = engine.add([65] * 60, Sampling(max_tokens=4, stop_ids=frozenset()))
     events = [event for _ in range(9) for event in engine.step()]
     assert [event.request for event in events] == [request] * 4
-    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda: 0)
+    monkeypatch.setattr("ownlm.device.free_memory_bytes", lambda *_: 0)
     assert MODEL.engine(8).context == 32
 
 

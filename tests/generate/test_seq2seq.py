@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration
 import ownlm
 from ownlm import cli
 from ownlm.errors import UserError
-from ownlm.generate.model import load, load_decoder
+from ownlm.generate.opening import load, load_decoder
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq, batches, beam_search
 from ownlm.models.families import from_hf

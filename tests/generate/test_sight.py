@@ -26,7 +26,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import ownlm
 from ownlm import cli
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.model import Model, load, load_decoder
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load, load_decoder
 from ownlm.generate.vision import ImageClassifier, ImageText
 from ownlm.tokens.codec import Tokenizer
 

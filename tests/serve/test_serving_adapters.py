@@ -10,9 +10,9 @@ import pytest
 from openai.types import Model as ModelCard
 
 from live import http, running, slow
-from ownlm.cli import _adapters
 from ownlm.errors import UserError
 from ownlm.generate.model import Model
+from ownlm.model_commands import _adapters
 from ownlm.models.peft import CONFIG
 from tiny import tiny_adapter, tiny_merged, tiny_model
 

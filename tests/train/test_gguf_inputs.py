@@ -13,7 +13,7 @@ from ownlm.artifact import Workspace
 from ownlm.cli import main
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate, scores_of
-from ownlm.generate.model import load
+from ownlm.generate.opening import load
 from ownlm.lineage import lineage
 from ownlm.models.adapters import LoRA
 from ownlm.models.weights import load_model

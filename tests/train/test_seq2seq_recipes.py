@@ -12,7 +12,7 @@ from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.evaluate.task_metrics import chrf, chrf_counts, rouge_l
 from ownlm.evaluate.tasks.examples import beginning
-from ownlm.generate.model import load
+from ownlm.generate.opening import load
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.pipeline import read_recipe, recipe_path, run_all
 from ownlm.report import Reporter

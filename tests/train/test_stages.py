@@ -10,7 +10,7 @@ from ownlm.artifact import Workspace
 from ownlm.cli import main
 from ownlm.errors import Interrupted, StorageFull, UserError
 from ownlm.evaluate.stage import scores_of
-from ownlm.generate.model import load
+from ownlm.generate.opening import load
 from ownlm.models.adapters import LoRA
 from ownlm.models.weights import load_model
 from ownlm.recipe import validate

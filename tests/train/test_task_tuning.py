@@ -12,7 +12,8 @@ from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate
-from ownlm.generate.model import Model, load
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load
 from ownlm.generate.reading import Found, joined_entities
 from ownlm.models.adapters import LoRA
 from ownlm.models.families import from_hf

@@ -19,7 +19,8 @@ from ownlm.errors import UserError
 from ownlm.evaluate.page import Block, Figure, Heading, Table, Text, html
 from ownlm.evaluate.plots import Measure, roofline
 from ownlm.generate.measure import STEPS, Measured, NativeStep, TorchStep, Whole, Work, work
-from ownlm.generate.model import Model, load_decoder
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load_decoder
 from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.kernels import library
 from ownlm.kernels.limits import Limits, limits

@@ -14,7 +14,7 @@ from ownlm.evaluate import page, report
 from ownlm.evaluate.harness import Result, Settings, measure
 from ownlm.evaluate.plots import Curve
 from ownlm.evaluate.tasks import make_tasks
-from ownlm.generate.model import load_writer
+from ownlm.generate.opening import load_writer
 from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.lineage import lineage
 from ownlm.recipe import validate

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ownlm import device as machine
 from ownlm.artifact import Workspace
 from ownlm.errors import NotFound, UserError
@@ -65,7 +67,9 @@ class Adapters:
         """`kernels`: the native decoder that computes, None where the modules do. `name`, `ref` and `digest`: of the base.
         `memory_bytes`: for all adapters together; None: SHARE of what is free now."""
         self.base, self.kernels, self.name, self.ref, self.digest = base, kernels, name, ref, digest
-        self.memory_bytes = int(machine.free_memory_bytes() * SHARE) if memory_bytes is None else memory_bytes
+        self.memory_bytes = (
+            int(machine.free_memory_bytes(base.device) * SHARE) if memory_bytes is None else memory_bytes
+        )
         self._by_name: dict[str, Adapter] = {}
         self._alive: weakref.WeakSet[Adapter] = weakref.WeakSet()
         self._numbers = itertools.count()
@@ -99,7 +103,9 @@ class Adapters:
         native = self.kernels()
         weights: NativeAdapter | Learned
         if native is None:
-            weights = learned.to(self.base.device)
+            # A base whose weights are still in its files is going to have them on the CPU.
+            device = self.base.device
+            weights = learned.to(torch.device("cpu") if device.type == "meta" else device)
         else:
             weights = NativeAdapter(native, learned)
         adapter = Adapter(

@@ -9,6 +9,7 @@ import torch
 from ownlm.artifact import Artifact, Workspace
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
+from ownlm.generate.parallel import Ranks
 from ownlm.kernels import library, native
 from ownlm.kernels.linear import accelerate
 from ownlm.models import peft
@@ -22,7 +23,8 @@ from ownlm.models.weights import load_model
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """`path` is a directory, or a GGUF file; `digest` is empty where nothing vouches for the files; `merged` says that an adapter
-    has changed the weights; where there is an `unread`, `module` has no weights yet."""
+    has changed the weights; where there is an `unread`, `module` has no weights yet; of a model that is split it is the first part, and
+    `ranks` are the processes."""
 
     module: Any
     path: Path
@@ -31,6 +33,7 @@ class Checkpoint:
     digest: str
     merged: bool
     unread: Unread | None = None
+    ranks: Ranks | None = None
 
 
 def open_checkpoint(
@@ -41,14 +44,16 @@ def open_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     for_kernels: bool = False,
+    tensor_parallel: int = 1,
 ) -> Checkpoint:
     """The checkpoint of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. An adapter comes
     with its base.
 
-    adapter       another adapter to merge into the model: a reference, or a directory in PEFT's format
-    dtype         of the weights; None: as they are stored (float32 after a merge)
-    for_kernels   leave a decoder's weights in its files, quantised ones in their integers, where the native kernels can take them
-                  from there and nothing is merged; of other quantised models the layers are on the kernels
+    adapter          another adapter to merge into the model: a reference, or a directory in PEFT's format
+    dtype            of the weights; None: as they are stored (float32 after a merge)
+    for_kernels      leave a decoder's weights in its files, quantised ones in their integers, where the native kernels can take them
+                     from there and nothing is merged; of other quantised models the layers are on the kernels
+    tensor_parallel  processes that the model is split over
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
     path, adapters = Path(ref), [] if adapter is None else [adapter]
@@ -64,6 +69,17 @@ def open_checkpoint(
             adapters.insert(0, artifact.path)
             artifact = base_of(artifact, workspace)
         path = artifact.path
+    if tensor_parallel != 1:
+        if tensor_parallel < 1:
+            raise UserError(f"{tensor_parallel} is no number of processes.", where="tensor_parallel")
+        if adapters:
+            raise UserError(
+                "an adapter isn't merged into a split model.", where=str(ref), cure="Export the merged model first."
+            )
+        ranks = Ranks(path, tensor_parallel, dtype=dtype or torch.float32, device=torch.device(device))
+        return Checkpoint(
+            module=ranks.decoder, path=path, name=name, ref=full_ref, digest=digest, merged=False, ranks=ranks
+        )
     unread, native_here = None, for_kernels and not adapters and torch.device(device).type == "cpu"
     if native_here:
         unread = _unread(path, dtype or torch.float32)

@@ -31,10 +31,11 @@ from ownlm.generate.drafts import Costs, Draft
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pace import Pace
 from ownlm.generate.pages import PagePool, page_keys
-from ownlm.generate.runners import Runner, TorchRunner, salt
+from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.text import StopText
+from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder
 from ownlm.tokens.codec import Tokenizer
 
@@ -68,7 +69,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.context = min(context or model.config.max_tokens, model.config.max_tokens)
-        self.runner = runner or TorchRunner(model, slots=slots, context=self.context)
+        self.runner = runner or torch_runner(model, slots=slots, context=self.context)
         self.prefill_tokens = prefill_tokens or self.runner.prefill_tokens
         self.pool = PagePool(self.runner.pages, self.runner.page_tokens)
         self.context = min(self.context, self.pool.count * self.pool.size)

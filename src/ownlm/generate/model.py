@@ -1,140 +1,54 @@
-"""The public face of a model: load it, ask it, read its numbers.
+"""The public face of a model: ask it, read its numbers.
 
-    load("demo") ─► Model ── generate, stream ─► Engine (KV cache, sampling)
-                          └─ logits, hidden, score, embed ─► the plain forward that training uses
+    load("demo") (opening.py) ─► Model ── generate, stream ─► Engine (KV cache, sampling)
+                                       └─ logits, hidden, score, embed ─► the plain forward that training uses
 
 A prompt is a `str`, continued as raw text, or a list of messages, answered as a chat through the checkpoint's own template.
 Encoders (BERT) and models with another head than the vocabulary's read texts and write none: of those above, they have `hidden`
-and `embed`, and `logits` where there is a masked-LM head. What doesn't go from text to text comes as an object of its own (OPENERS).
+and `embed`, and `logits` where there is a masked-LM head.
 
 Shapes: B rows, T tokens, V vocabulary, D hidden size, N texts.
 """
 
-import math
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from ownlm import device as machine
-from ownlm.artifact import Workspace
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking, beams
-from ownlm.generate.adapters import Adapters, for_each
+from ownlm.generate.adapters import Adapter, Adapters, for_each
 from ownlm.generate.answers import Answer, as_sampling, best, plain
-from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.generate.drafter import Drafter, check_vocabulary
 from ownlm.generate.engine import Engine
+from ownlm.generate.parallel import Ranks
 from ownlm.generate.prompts import Chat, Prompt, as_message, is_one
 from ownlm.generate.reading import Entity, Found, Headed
-from ownlm.generate.runners import NativeRunner, Runner, TorchRunner
+from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
-from ownlm.generate.seq2seq import Seq2Seq
 from ownlm.generate.sequence import Event
 from ownlm.generate.sight import Reading, Sight
-from ownlm.generate.vision import ImageClassifier, ImageText
+from ownlm.generate.torch_runner import torch_runner
 from ownlm.kernels import native
 from ownlm.kernels.sources import WeightsState, weights_state
 from ownlm.models.decoder import Decoder
-from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
-from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.pooling import Pooling, pool
 from ownlm.models.quantize import count_weights
 from ownlm.models.unread import Unread
-from ownlm.models.vision import VisionTower
-from ownlm.models.vision_language import VisionLanguage
 from ownlm.records import Completion
-from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
-from ownlm.tokens.gguf import tokenizer_of
 
-Loaded: TypeAlias = "Model | Seq2Seq | ImageText | ImageClassifier"
 SLOTS = 64
-CACHE_SHARE = 0.25  # of the free memory, at most
+CACHE_SHARE, GPU_CACHE_SHARE = 0.25, 0.85  # of the free memory, at most; a GPU has nothing else to do
 ANSWER_SHARE = 0.75  # of it, where a single answer needs more
 PACKED_SHARE = 0.5  # likewise
 FORWARD_TOKENS = 8192  # tokens of one plain forward (score, embed), padding included
-
-
-def load(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    draft: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Loaded:
-    """The model of a reference: name, name@version, a folder, a GGUF file, or hf:owner/name[@revision]. A `Model`, ready to
-    generate; for an encoder-decoder a `Seq2Seq`, for CLIP an `ImageText`, for ViT an `ImageClassifier`. An adapter comes with its
-    base.
-
-    adapter  another adapter to merge into the model: a reference, or a directory in PEFT's format
-    draft    a small decoder of the same vocabulary that writes ahead for it: the same text, sooner where that pays
-    dtype    of the weights; None: float32, the exact choice (`device.compute_dtype` names the fast one)
-    Raises NotFound, ArtifactError when a file is damaged or missing, UserError for a part that does nothing by itself.
-    """
-    workspace = workspace or Workspace(machine.home(), Reporter(out=sys.stderr))
-    where = machine.torch_device(device)
-    found = open_checkpoint(
-        ref, adapter=adapter, workspace=workspace, device=where, dtype=dtype or torch.float32, for_kernels=True
-    )
-    module = found.module
-    if type(module) not in OPENERS:
-        kind = module.hf["model_type"]
-        raise UserError(f"a model of type {kind} doesn't write or answer anything by itself.", where=str(ref))
-    about = {"unread": found.unread} if found.unread else {}
-    model: Loaded = OPENERS[type(module)](
-        module, found.path, name=found.name, ref=found.ref, digest=found.digest, **about
-    )
-    if draft is not None:
-        if not isinstance(model, Model):
-            raise UserError("only a decoder can have a model that drafts for it.", where=str(ref))
-        model.draft_with(load_decoder(draft, workspace=workspace, device=device, dtype=dtype))
-    return model
-
-
-def load_writer(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    draft: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> "Model | Seq2Seq":
-    """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
-    if not isinstance(model, Model | Seq2Seq):
-        raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
-    return model
-
-
-def load_decoder(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    draft: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> "Model":
-    """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(ref, adapter=adapter, draft=draft, workspace=workspace, device=device, dtype=dtype)
-    if not isinstance(model, Model):
-        raise UserError(
-            "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",
-            where=str(ref),
-            cure="Use `ownlm generate`, or `ownlm.load(…).generate(…)`.",
-        )
-    return model
 
 
 class Model:
@@ -156,10 +70,12 @@ class Model:
         kv: native.KV | None = None,
         sight: Sight | None = None,
         unread: Unread | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`sight` reads the images of a chat. `unread` has the weights of a decoder that comes without."""
+        """`sight` reads the images of a chat. `unread` has the weights of a decoder that comes without; `ranks` are the processes that it
+        is split over."""
         self.shapes, self.tokenizer, self.sight = decoder.eval(), tokenizer, sight
-        self._unread = unread
+        self._unread, self.ranks = unread, ranks
         self.pooling = decoder.pooling or Pooling()
         self.name, self.ref, self.digest = name, ref or name, digest
         self.slots, self.kv = slots, kv
@@ -194,8 +110,9 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        whole = self.shapes if self.sight is None else self.sight.model
-        return count_weights(whole)
+        if self.ranks is not None:
+            return self.ranks.num_parameters
+        return count_weights(self.shapes if self.sight is None else self.sight.model)
 
     def writer(self) -> Decoder:
         """The `shapes` of a decoder. Raises UserError where this model can only read."""
@@ -209,7 +126,7 @@ class Model:
         )
 
     def engine(self, slots: int | None = None) -> Engine:
-        """A new engine over this model, its cache within CACHE_SHARE of the free memory. Raises UserError: see `writer`."""
+        """A new engine over this model, its cache within a share of the free memory. Raises UserError: see `writer`."""
         decoder = self.writer()
         slots = max(1, slots or self.slots)
         runner, drafter = self._runner(decoder, slots), None
@@ -230,7 +147,16 @@ class Model:
         """What waits beside the model, to be chosen by `adapter=NAME`. UserError where nothing can: see `writer`."""
         if self.sight is not None:
             raise UserError("adapters of a model of images can only be merged.", where=self.name)
+        if self.ranks is not None:
+            raise UserError(
+                "a split model goes without adapters.", where=self.name, cure="Export the merged model, and split that."
+            )
         return Adapters(self.writer(), self._kernels, name=self.name, ref=self.ref, digest=self.digest)
+
+    @property
+    def loaded_adapters(self) -> list[Adapter]:
+        """Those of `adapters`; none for a model that can have none."""
+        return self.adapters.all() if self.sight is None and self.ranks is None else []
 
     def _kernels(self) -> native.NativeDecoder | None:
         """The native kernels where they can run and there is memory for a packed copy of the weights; decided once for these weights."""
@@ -244,9 +170,10 @@ class Model:
         return self._native
 
     def _runner(self, decoder: Decoder, slots: int) -> Runner:
-        """The native kernels, or the modules."""
-        kernels = self._kernels()
-        room = int(machine.free_memory_bytes() * CACHE_SHARE)
+        """The native kernels, or the modules: here, or split over processes."""
+        kernels = self._kernels() if self.ranks is None else None
+        share = GPU_CACHE_SHARE if decoder.device.type == "cuda" else CACHE_SHARE
+        room = int(machine.free_memory_bytes(decoder.device) * share)
         if kernels is not None:
             least, page_bytes = -(-self.context // native.PAGE), kernels.page_bytes(self.kv)
             pages = min(slots * least, room // page_bytes)
@@ -256,15 +183,14 @@ class Model:
         if self.kv is not None:
             reason = native.unsupported(decoder) or "there is no memory for a packed copy of the weights"
             raise UserError(
-                f"only the native kernels keep keys and values as asked, and they don't run here: {reason}.",
+                "only the native kernels keep keys and values as asked, and they don't run here: "
+                f"{reason if self.ranks is None else 'the model is split over processes'}.",
                 where=f"kv={self.kv}",
                 cure="Leave it out.",
             )
-        decoder = cast(Decoder, self.decoder)
-        config, itemsize = decoder.config, decoder.dtype.itemsize
-        slot_bytes = 2 * config.num_layers * math.prod(config.kv_shape) * itemsize * self.context
-        slots = max(1, min(slots, room // slot_bytes))
-        return TorchRunner(decoder, slots=slots, context=self.context)
+        if self.ranks is not None:
+            return self.ranks.runner(slots=slots, context=self.context, room=room)
+        return torch_runner(cast(Decoder, self.decoder), slots=slots, context=self.context, room=room)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens a prompt becomes. Raises UserError for messages of another shape."""
@@ -547,27 +473,3 @@ class Model:
             return cast(Tensor, self.decoder(tokens_BT))  # what stands on the right, a causal model never sees
         positions_BT = (mask_BT.cumsum(1) - 1).masked_fill(~mask_BT, -1)
         return cast(Tensor, self.decoder(tokens_BT, positions_BT=positions_BT))
-
-
-def _text(module: Decoder | Encoder, path: Path, **about: Any) -> Model:
-    return Model(module, tokenizer_of(path), **about)
-
-
-def _rewriter(module: EncoderDecoder, path: Path, **about: Any) -> Seq2Seq:
-    return Seq2Seq(module, tokenizer_of(path), **about)
-
-
-def _seeing(module: VisionLanguage, path: Path, **about: Any) -> Model:
-    tokenizer = Tokenizer.load(path)
-    return Model(module.language, tokenizer, sight=Sight.load(module, path, tokenizer), **about)
-
-
-# What a loaded model comes as.
-OPENERS: dict[type, Callable[..., Loaded]] = {
-    Decoder: _text,
-    Encoder: _text,
-    EncoderDecoder: _rewriter,
-    VisionLanguage: _seeing,
-    DualTower: ImageText.load,
-    VisionTower: ImageClassifier.load,
-}

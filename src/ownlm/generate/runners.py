@@ -1,10 +1,10 @@
-"""How rows become logits: on the native kernels, or on the PyTorch modules wherever those can't run.
+"""How rows become logits: on the native kernels; on the PyTorch modules wherever those can't run (torch_runner.py).
 
 A runner keeps the cache. The engine tells it which pages belong to which row and never looks inside.
 Shapes: W wanted tokens of a row, V vocabulary, B rows, T tokens, D hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -15,8 +15,7 @@ from ownlm.generate.sequence import Row
 from ownlm.generate.sequence import Sequence as Writing
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
-from ownlm.models.adapters import Learned, beside
-from ownlm.models.cache import KVCache
+from ownlm.models.adapters import Learned
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 
@@ -25,7 +24,7 @@ class Runner(Protocol):
     """pages, page_tokens: how many pages the cache has, and of how many tokens each. prefill_tokens: of a prompt at a time,
     more are hardly faster. exact: a row's numbers are the same bit by bit whatever rows run beside it and however its prompt
     is cut. layers: between which a row may stop and go on in the next step (the last row of a step only); 1: nowhere.
-    adapter_form: what the weights of adapters are here."""
+    adapter_form: what the weights of adapters are here; None's type where there can be none."""
 
     pages: int
     page_tokens: int
@@ -34,7 +33,7 @@ class Runner(Protocol):
     layers: int
 
     @property
-    def adapter_form(self) -> type[NativeAdapter] | type[Learned]: ...
+    def adapter_form(self) -> type[NativeAdapter] | type[Learned] | type[None]: ...
 
     def run(self, rows: Sequence[Row]) -> list[Tensor]:
         """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
@@ -50,74 +49,6 @@ def salt(model: Decoder, sequence: Writing) -> bytes:
     long = any(is_long(layer.rotary, len(sequence.known)) for layer in model.config.layers if layer.rotary)
     number = "" if sequence.adapter is None else sequence.adapter.number
     return f"{int(long)}:{number}:{sequence.tenant}".encode()
-
-
-class TorchRunner:
-    """The modules themselves, with a cache of slots: a page is a slot, as long as the context."""
-
-    exact = False
-    layers = 1
-    adapter_form = Learned
-    prefill_tokens = 4096  # of one forward, padding included (a single row may be longer)
-
-    def __init__(self, model: Decoder, *, slots: int, context: int) -> None:
-        self.model, self.device = model, model.device
-        self.pages, self.page_tokens = slots, context
-        self.cache = KVCache(model.config, slots=slots, max_tokens=context, dtype=model.dtype, device=model.device)
-
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
-        states: dict[int, Tensor] = {}
-        for chosen in self._batches(rows):
-            with beside(self.model, [_learned(rows[index]) for index in chosen]):
-                hidden_BTD = self._forward([rows[index] for index in chosen])
-            for index, hidden_TD in zip(chosen, hidden_BTD, strict=True):
-                count = len(rows[index].tokens)
-                states[index] = hidden_TD[count - rows[index].wanted : count]
-        # One product for all that is wanted.
-        hidden_WD = torch.cat([states[index] for index in range(len(rows))])
-        logits = list(torch.split(self.model.logits(hidden_WD).float(), [row.wanted for row in rows]))
-        for index, row in enumerate(rows):
-            learned = _learned(row)
-            if learned is not None and learned.head is not None:
-                weight, bias = learned.head
-                own = weight.to(hidden_WD.dtype), None if bias is None else bias.to(hidden_WD.dtype)
-                logits[index] = self.model.logits(states[index], own).float()
-        return logits
-
-    def copy(self, page: int, onto: int) -> None:
-        for whole_LNKSd in (self.cache.keys_LNKSd, self.cache.values_LNKSd):
-            whole_LNKSd[:, onto] = whole_LNKSd[:, page]
-
-    def _batches(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """Rows of similar length together; neighbouring slots in order, for the cache reads those without a copy."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
-        while order:
-            widest = len(rows[order[-1]].tokens)
-            least = 1 if widest == 1 else 2  # those who write apart from those who read
-            fits = [
-                index for index in order[-max(1, self.prefill_tokens // widest) :] if len(rows[index].tokens) >= least
-            ]
-            order = order[: len(order) - len(fits)]
-            yield sorted(fits, key=lambda index: rows[index].sequence.pages)
-
-    def _forward(self, rows: Sequence[Row]) -> Tensor:
-        width = max(len(row.tokens) for row in rows)
-        padding = [width - len(row.tokens) for row in rows]
-        tokens = [row.tokens + [0] * pad for row, pad in zip(rows, padding, strict=True)]
-        # Position -1 is padding: the cache doesn't keep it and nobody sees it.
-        positions = [
-            [*range(row.sequence.cached, row.sequence.cached + len(row.tokens)), *[-1] * pad]
-            for row, pad in zip(rows, padding, strict=True)
-        ]
-        tokens_BT = torch.tensor(tokens, device=self.device)
-        hidden_BTD: Tensor = self.model(
-            tokens_BT,
-            positions_BT=torch.tensor(positions, device=self.device),
-            cache=self.cache,
-            slots=torch.tensor([row.sequence.pages[0] for row in rows], device=self.device),
-            embeds_BTD=_embeds(self.model, rows, tokens_BT),
-        )
-        return hidden_BTD
 
 
 class NativeRunner:
@@ -176,25 +107,17 @@ class NativeRunner:
         each = []
         for row in rows:
             tokens_1T = torch.tensor([row.tokens])
-            embeds = _embeds(self.model, [row], tokens_1T)
+            embeds = embeds_of(self.model, [row.embeds_TD], tokens_1T)
             each.append((self.model.embed(tokens_1T) if embeds is None else embeds)[0].float())
         return torch.cat(each).contiguous().numpy()
 
 
-def _learned(row: Row) -> Learned | None:
-    return None if row.sequence.adapter is None else cast(Learned, row.sequence.adapter.weights)
-
-
-def _embeds(model: Decoder, rows: Sequence[Row], tokens_BT: Tensor) -> Tensor | None:
-    """The vectors of these tokens, where some of a prompt's come from images."""
-    given = {
-        index: row.sequence.embeds_TD[row.sequence.cached :][: len(row.tokens)]
-        for index, row in enumerate(rows)
-        if row.sequence.embeds_TD is not None and row.sequence.cached < len(row.sequence.embeds_TD)
-    }
-    if not given:
+def embeds_of(model: Decoder, given: Sequence[Tensor | None], tokens_BT: Tensor) -> Tensor | None:
+    """The vectors of these tokens, where some of a prompt's come from images: `given` for the first tokens of each row."""
+    if all(embeds_TD is None for embeds_TD in given):
         return None
     embeds_BTD = model.embed(tokens_BT).clone()
-    for index, embeds_TD in given.items():
-        embeds_BTD[index, : len(embeds_TD)] = embeds_TD
+    for index, embeds_TD in enumerate(given):
+        if embeds_TD is not None:
+            embeds_BTD[index, : len(embeds_TD)] = embeds_TD
     return embeds_BTD

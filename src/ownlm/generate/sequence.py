@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ownlm.generate.adapters import Adapter
 from ownlm.generate.drafts import Echoes, Share
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
 from ownlm.records import FinishReason
 from ownlm.tokens.stream import DecodeStream
+
+if TYPE_CHECKING:
+    from ownlm.generate.adapters import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Sequence:
     matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
     said: Echoes = field(default_factory=Echoes)
-    adapter: Adapter | None = None
+    adapter: "Adapter | None" = None
     tenant: str = ""
     priority: int = 0
     deadline: float = math.inf  # by the engine's clock
@@ -121,6 +124,12 @@ class Row:
     def known(self) -> int:
         """How many of the tokens are known and not guessed."""
         return len(self.tokens) - self.drafted
+
+    @property
+    def embeds_TD(self) -> Tensor | None:
+        """What stands in for the embedding of its first tokens, where some of a prompt's come from images."""
+        whole_TD, start = self.sequence.embeds_TD, self.sequence.cached
+        return None if whole_TD is None or start >= len(whole_TD) else whole_TD[start : start + len(self.tokens)]
 
     @property
     def completes(self) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TILE = 128  # queries; 64 and 256 were slower at most lengths
+SCORES = 2**26  # of plain attention at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,21 @@ def attend(
             y_BTHd: Tensor = TiledAttention.apply(q_BHTd, k_BKSd, v_BKSd, visibility, scale)  # type: ignore[no-untyped-call]
             return y_BTHd
         return _forward(q_BHTd, k_BKSd, v_BKSd, visibility, scale)[0]
-    queries, keys = q_BHTd.shape[2], k_BKSd.shape[2]
+    return fused_attention(q_BHTd, k_BKSd, v_BKSd, visibility, scale)
+
+
+def fused_attention(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visibility: Visibility, scale: float) -> Tensor:
+    """`attend` by PyTorch's own kernels."""
+    B, H, queries, d = q_BHTd.shape
+    K, keys = k_BKSd.shape[1:3]
     triangle = visibility.hidden_BTS is None and visibility.causal and visibility.window is None and queries == keys
     hidden = None if triangle else visibility.mask(queries, keys, q_BHTd.device)
+    if queries == 1:
+        # The query heads of a key/value head become its queries: the kernels that take a mask know nothing of shared heads.
+        q_BHTd = q_BHTd.reshape(B, K, H // K, d)
+    elif hidden is not None and H > K:
+        # So here each head has its own copy; else PyTorch would form all scores at once.
+        k_BKSd, v_BKSd = (x.repeat_interleave(H // K, 1) for x in (k_BKSd, v_BKSd))
     y_BHTd = F.scaled_dot_product_attention(
         q_BHTd,
         k_BKSd,
@@ -153,9 +166,9 @@ def attend(
         attn_mask=None if hidden is None else ~hidden,
         is_causal=triangle and queries > 1,
         scale=scale,
-        enable_gqa=True,
+        enable_gqa=q_BHTd.shape[1] > k_BKSd.shape[1],
     )
-    return y_BHTd.transpose(1, 2)
+    return y_BHTd.reshape(B, H, queries, d).transpose(1, 2)
 
 
 def plain_attention(
@@ -168,22 +181,26 @@ def plain_attention(
     sinks_H: Tensor | None,
     bias_BHTS: Tensor | None,
 ) -> Tensor:
-    """`attend` written down as it is defined, all scores at once."""
+    """`attend` written down as it is defined; of very many scores, some queries at a time."""
     B, H, T, d = q_BHTd.shape
     K, S = k_BKSd.shape[1:3]
-    scores_BHTS = (q_BHTd.reshape(B, K, -1, d) @ k_BKSd.mT).view(B, H, T, S) * scale
-    if softcap is not None:
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
-    if bias_BHTS is not None:
-        scores_BHTS = scores_BHTS + bias_BHTS
-    if (hidden := visibility.mask(T, S, q_BHTd.device)) is not None:
-        scores_BHTS = scores_BHTS.masked_fill(hidden, float("-inf"))
-    if sinks_H is not None:
-        sinks = sinks_H.to(scores_BHTS.dtype).view(1, H, 1, 1).expand(B, H, T, 1)
-        p_BHTS = torch.cat([scores_BHTS, sinks], -1).softmax(-1)[..., :S]
-    else:
-        p_BHTS = scores_BHTS.softmax(-1)
-    return (p_BHTS.reshape(B, K, -1, S) @ v_BKSd).view(B, H, T, d).transpose(1, 2)
+    parts = []
+    for q0 in range(0, T, block := max(1, SCORES // (B * H * S))):
+        rows = slice(q0, min(q0 + block, T))
+        scores_BHTS = (q_BHTd[:, :, rows].reshape(B, K, -1, d) @ k_BKSd.mT).view(B, H, -1, S) * scale
+        if softcap is not None:
+            scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+        if bias_BHTS is not None:
+            scores_BHTS = scores_BHTS + bias_BHTS[:, :, rows]
+        if (hidden := visibility.hidden(Tile(rows.start, rows.stop, 0, S), S - T)) is not None:
+            scores_BHTS = scores_BHTS.masked_fill(hidden.to(scores_BHTS.device), float("-inf"))
+        if sinks_H is not None:
+            sinks = sinks_H.to(scores_BHTS.dtype).view(1, H, 1, 1).expand(*scores_BHTS.shape[:3], 1)
+            p_BHTS = torch.cat([scores_BHTS, sinks], -1).softmax(-1)[..., :S]
+        else:
+            p_BHTS = scores_BHTS.softmax(-1)
+        parts.append((p_BHTS.reshape(B, K, -1, S) @ v_BKSd).view(B, H, -1, d).transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class TiledAttention(torch.autograd.Function):

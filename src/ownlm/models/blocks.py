@@ -16,19 +16,22 @@ from torch.autograd.function import once_differentiable
 
 from ownlm.models.attention import Visibility, attend
 from ownlm.models.cache import Address, KVCache
+from ownlm.models.paged import PagedAddress
 from ownlm.models.rotary import rotate
 from ownlm.models.specs import Activation, Attention, Experts, FeedForward, Layer, Norm, Rotary
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache;
-    scores added by position, and for layers that read another stack's output its keys and values, layer by layer."""
+    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache (one in pages
+    says itself what is seen); scores added by position, and for layers that read another stack's output its keys and values,
+    layer by layer."""
 
     rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
     visibility: Mapping[int | None, Visibility]
     cache: KVCache | None = None
     address: Address | None = None
+    paged: PagedAddress | None = None
     bias_BHTS: Tensor | None = None
     source: Sequence[tuple[Tensor, Tensor]] = ()
     source_visibility: Visibility | None = None
@@ -117,23 +120,32 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             turn = step.rotations[self.rotary]
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if step.cache is not None and step.address is not None:
-            keys, values = step.cache.update(self.index, step.address, k, v)
+        if step.paged is not None:
+            parts = step.paged.cache.update(self.index, step.paged, k, v, self.spec.window)
+            y_BTHd = torch.cat(
+                [self._attend(q[rows], keys, values, visibility) for rows, keys, values, visibility in parts]
+            )
         else:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        visibility = step.visibility[self.spec.window]
-        y_BTHd = attend(
-            q.transpose(1, 2),
-            keys,
-            values,
+            if step.cache is not None and step.address is not None:
+                keys, values = step.cache.update(self.index, step.address, k, v)
+            y_BTHd = self._attend(q, keys, values, step.visibility[self.spec.window], step.bias_BHTS)
+        out: Tensor = self.o_proj(y_BTHd.flatten(2))
+        return out
+
+    def _attend(
+        self, q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visibility: Visibility, bias_BHTS: Tensor | None = None
+    ) -> Tensor:
+        return attend(
+            q_BTHd.transpose(1, 2),
+            k_BKSd,
+            v_BKSd,
             visibility,
             self.scale,
             softcap=self.spec.softcap,
             sinks_H=self.sinks,
-            bias_BHTS=step.bias_BHTS,
+            bias_BHTS=bias_BHTS,
         )
-        out: Tensor = self.o_proj(y_BTHd.flatten(2))
-        return out
 
 
 class CrossAttention(nn.Module):

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, d head width. Parameters carr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,10 +18,11 @@ from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
+from ownlm.models.paged import PagedAddress
 from ownlm.models.pooling import Pooling
 from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
-from ownlm.models.specs import Attention, FeedForward, Head, Layer, Norm, Rotary, Task
+from ownlm.models.specs import Attention, FeedForward, Head, Layer, LongRope, Norm, Rotary, Task
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -80,15 +81,19 @@ class Rotations:
         # Not buffers: those would be rounded by model.to(torch.bfloat16).
         self.frequencies: dict[tuple[Rotary, bool], Tensor] = {}
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Mapping[Rotary, tuple[Tensor, Tensor]]:
-        """For `positions` (…), -1 for padding."""
+    def __call__(
+        self, positions: Tensor, dtype: torch.dtype, long: bool | None = None
+    ) -> Mapping[Rotary, tuple[Tensor, Tensor]]:
+        """For `positions` (…), -1 for padding. `long`: of texts beyond LongRope's original context; None: as the positions say."""
         return {
-            rotary: rotation(self._frequencies(rotary, positions), positions, dtype, attention_factor(rotary))
+            rotary: rotation(self._frequencies(rotary, positions, long), positions, dtype, attention_factor(rotary))
             for rotary in self.kinds
         }
 
-    def _frequencies(self, rotary: Rotary, positions: Tensor) -> Tensor:
-        key = rotary, rotary.scaling is not None and is_long(rotary, int(positions.max()) + 1)
+    def _frequencies(self, rotary: Rotary, positions: Tensor, long: bool | None) -> Tensor:
+        if not isinstance(rotary.scaling, LongRope):
+            long = False
+        key = rotary, is_long(rotary, int(positions.max()) + 1) if long is None else long
         found = self.frequencies.get(key)
         if found is None or found.device != positions.device:
             found = frequencies(rotary, self.kinds[rotary], long=key[1]).to(positions.device)
@@ -124,6 +129,8 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
             self.lm_head_bias = None
         self.rotations = Rotations(config.layers)
+        # Of a decoder that is one of several shards: called with hidden states and `_logits` (shards.py).
+        self.around_logits: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.windows = {layer.attention.window for layer in config.layers}
 
     @property
@@ -162,6 +169,12 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype. `head`: weight and bias in place of the model's."""
+        if self.around_logits is None:
+            return self._logits(hidden, head)
+        assert head is None, "of a shard's head there are others elsewhere"
+        return self.around_logits(hidden, self._logits)
+
+    def _logits(self, hidden: Tensor, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         weight, bias = head or (self.head_weight, self.head_bias)
         logits = nn.functional.linear(self.head_input(hidden), weight, bias).float()
         cap = self.config.logit_softcap
@@ -176,6 +189,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         embeds_BTD: Tensor | None = None,
+        paged: PagedAddress | None = None,
     ) -> Tensor:
         """hidden_BTD, the final norm applied.
 
@@ -183,8 +197,9 @@ class Decoder(nn.Module):
         documents_BT: a token sees only earlier tokens with its own number (packed training); not with a cache.
         cache, slots: read and write keys and values; row b is sequence slots[b] (slot b if not given). No gradients.
         embeds_BTD: stands in for the embedding of the tokens (`embed`), where images are among them.
+        paged: in place of cache and slots: where these positions lie in a cache of pages.
         """
-        x_BTD, step = self.begin(tokens_BT, positions_BT, documents_BT, cache, slots, embeds_BTD)
+        x_BTD, step = self.begin(tokens_BT, positions_BT, documents_BT, cache, slots, embeds_BTD, paged)
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
         hidden_BTD: Tensor = self.norm(x_BTD)
@@ -198,9 +213,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         embeds_BTD: Tensor | None = None,
+        paged: PagedAddress | None = None,
     ) -> tuple[Tensor, Step]:
         """What the first layer is given; all layers share the step. Arguments as for `forward`."""
-        step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots)
+        step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots, paged)
         x_BTD = self.embed(tokens_BT) if embeds_BTD is None else embeds_BTD
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions.clamp(min=0))
@@ -210,7 +226,7 @@ class Decoder(nn.Module):
         """The tokens' vectors, scaled where the family scales them; without positions."""
         x_BTD: Tensor = self.embed_tokens(tokens_BT).to(self.dtype)
         # The factor is rounded to the dtype of the weights, as where these models were trained.
-        return x_BTD if self.config.embed_scale == 1.0 else x_BTD * x_BTD.new_tensor(self.config.embed_scale)
+        return x_BTD if self.config.embed_scale == 1.0 else x_BTD * x_BTD.new_full((), self.config.embed_scale)
 
     def _step(
         self,
@@ -219,13 +235,17 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None,
         cache: KVCache | None,
         slots: Tensor | None,
+        paged: PagedAddress | None,
     ) -> tuple[Step, Tensor]:
         rows, width = tokens_BT.shape
         positions = torch.arange(width, device=tokens_BT.device) if positions_BT is None else positions_BT
-        rotations = self.rotations(positions, self.dtype)
-        if cache is not None:
-            assert documents_BT is None, "a cache slot holds one document"
+        rotations = self.rotations(positions, self.dtype, None if paged is None else paged.long)
+        if cache is not None or paged is not None:
+            assert documents_BT is None, "a sequence in a cache is one document"
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"
+        if paged is not None:
+            return Step(rotations, {}, paged=paged), positions
+        if cache is not None:
             address = cache.address(positions.expand(rows, width), slots)
             seen = {window: address.visibility(window) for window in self.windows}
             return Step(rotations, seen, cache, address), positions

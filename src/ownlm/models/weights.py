@@ -15,35 +15,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ownlm.errors import ArtifactError
+from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Mapped, Pending, read_header, write_shards
-from ownlm.models import coded
+from ownlm.models import coded, shards
 from ownlm.models.blank import blank
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened
 from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
+from ownlm.models.shards import Shard
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_model(
-    path: Path | str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", codes: bool = False
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    codes: bool = False,
+    shard: Shard | None = None,
 ) -> Any:
     """The model of a Hugging Face directory or a GGUF file, in `dtype` (None: as it is stored, float32 for quantised blocks; of
     several types one that holds all), ready for inference or training. With `codes` a directory that `ownlm quantize` wrote is
-    opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for.
+    opened as the integers it holds, mapped from the file and for inference only; else as the numbers they stand for. With
+    `shard` a decoder is opened as that part of it (shards.py).
 
     Raises NotFound (no such directory or file), UserError (a family or a value we don't compute) and ArtifactError
     (damaged file; missing, unexpected or wrongly shaped tensor).
     """
     root = Path(path)
     if root.is_dir() and coded.is_quantised(hf := read_json(root / "config.json")):
+        if shard is not None:
+            raise UserError(
+                "a quantised checkpoint can't be split.", where=str(root), cure="Split what it was made of."
+            )
         return coded.load(root, hf, read_headers(root), dtype=dtype, device=device, codes=codes)
-    return fill(describe(root), dtype=dtype, device=device)
+    return fill(describe(root), dtype=dtype, device=device, shard=shard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,20 +91,33 @@ def describe(root: Path) -> Described:
     return Described(root=root, opened=opened, model=model, names=names)
 
 
-def fill(described: Described, *, dtype: torch.dtype | None, device: torch.device | str) -> Any:
-    """The described model with its weights."""
+def fill(
+    described: Described, *, dtype: torch.dtype | None, device: torch.device | str, shard: Shard | None = None
+) -> Any:
+    """The described model, or a shard of it, with its weights."""
     names, dtype = described.names, dtype or described.stored
-    model = described.model.to(dtype).to_empty(device=device)
+    model = described.model.to(dtype)
+    uncut, cuts = dict(model.named_parameters()), dict[str, shards.Cut]()
+    if shard is not None:
+        shards.check(model, shard.size, where=str(described.root))
+        model, cuts = shards.shard_of(model, shard)
+        model.pooling = described.opened.pooling
+    model = model.to_empty(device=device)
     ours = dict(model.named_parameters())
     second = {}
     for name, tensor, give_back in described.opened.tensors():
         if (target := names.find(name)) is not None:
-            target.place(tensor, ours, give_back)
+            if shard is None:
+                target.place(tensor, ours, give_back)
+            else:
+                shards.place(target, tensor, ours, give_back, whole=uncut, cuts=cuts, shard=shard)
         elif not names.derived(name):
             whole = tensor if isinstance(tensor, Tensor) else tensor.tensor()
             second[name] = whole.to(dtype, copy=True)
     for name, tensor in second.items():
         twin = names.copy_of(name, ours)
+        if twin is not None and shard is not None:
+            tensor = cuts[twin].of(tensor, like=ours[twin])  # an embedding, or a head
         if twin is None or not torch.equal(tensor.to(device), ours[twin]):
             raise ArtifactError(f"tensor {name} differs from the {twin} it is tied to.", where=str(described.root))
     return model.eval()

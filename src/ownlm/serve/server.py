@@ -13,11 +13,13 @@ from ownlm import device
 from ownlm.artifact import Workspace
 from ownlm.catalog import Catalog
 from ownlm.errors import Busy, UserError
-from ownlm.generate.model import Model, load_decoder
+from ownlm.generate.model import Model
+from ownlm.generate.opening import load_decoder
 from ownlm.kernels.native import KV
 from ownlm.report import Reporter
 from ownlm.serve.app import MAX_WAITING, SLOTS, create_app
 from ownlm.serve.guard import MAX_HEADER_BYTES, Keys
+from ownlm.serve.worker import Worker
 
 SHUTDOWN_S = 10  # open streams may finish; then they are cut
 
@@ -41,16 +43,18 @@ def serve(
     max_waiting: int = MAX_WAITING,
     record_text: bool = False,
     ready: Callable[[uvicorn.Server, str], None] | None = None,
+    tensor_parallel: int = 1,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM.
 
     adapter     merged into a model that is named, as in `load`
     adapters    by name, to be asked for as models beside it; more may come and go over HTTP
     admin_keys  who may load and unload adapters, see `create_app`
-    draft       a small model that writes ahead for one that is named, as in `load`
+    draft, tensor_parallel  for a model that is named, as in `load`
     kv          how keys and values are kept, as `Model` has it; None: as the model is set
     ready       called with the running server and its address once it answers; `server.should_exit = True` ends it
-    Raises Busy when the port is taken, UserError beyond loopback without API keys, and what `load` raises.
+    Raises Busy when the port is taken, UserError beyond loopback without API keys, what `load` raises, and RankLost when a process of
+    a split model ends.
     """
     reporter = reporter or Reporter.silent()
     Keys(api_keys), Keys(admin_keys)
@@ -62,7 +66,11 @@ def serve(
         )
     with closing(listen(host, port)) as listener:
         workspace = workspace or Workspace(device.home(), reporter)
-        model = ref if isinstance(ref, Model) else load_decoder(ref, adapter=adapter, draft=draft, workspace=workspace)
+        model = ref
+        if not isinstance(model, Model):
+            model = load_decoder(
+                model, adapter=adapter, draft=draft, workspace=workspace, tensor_parallel=tensor_parallel
+            )
         for name, one in (adapters or {}).items():
             model.adapters.load(name, one, workspace=workspace)
         model.kv = kv or model.kv
@@ -93,9 +101,13 @@ def serve(
             )
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             server = Announcing(config, lambda: announce(server, address, model, reporter, ready))
+            worker: Worker = app.state.service.worker
+            worker.on_lost = server.leave
             # uvicorn ends in order on Ctrl-C and then raises it again, for which there is no use here.
             with suppress(KeyboardInterrupt):
                 server.run(sockets=[listener])
+            if worker.lost is not None:
+                raise worker.lost
     reporter.line("Stopped.")
 
 
@@ -105,6 +117,10 @@ class Announcing(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self.on_started = started
+
+    def leave(self) -> None:
+        """End in order. From any thread."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -123,10 +139,11 @@ def announce(
     reporter.line(f"{model.ref} answers at {address}  (chat page; Ctrl-C stops)")
     reporter.line(f"  OpenAI     base_url={address}/v1  model={model.name}")
     reporter.line(f"  Replicate  REPLICATE_BASE_URL={address}  model=ownlm/{model.name}")
-    loaded = [] if model.sight is not None else model.adapters.all()
-    for one in loaded:
+    for one in model.loaded_adapters:
         reporter.line(f"  adapter    model={one.name}  ({one.ref})")
-    reporter.event("serving", address=address, model=model.ref, adapters={one.name: one.ref for one in loaded})
+    reporter.event(
+        "serving", address=address, model=model.ref, adapters={one.name: one.ref for one in model.loaded_adapters}
+    )
     if ready is not None:
         ready(server, address)
 

@@ -58,7 +58,7 @@ class Service:
 
     def adapters(self) -> list[Adapter]:
         """Those that are loaded now; none for a model that can have none."""
-        return self.model.adapters.all() if self.model.sight is None else []
+        return self.model.loaded_adapters
 
     def chosen(self, name: str) -> Adapter | None:
         """The adapter of that name, None for the model itself. Raises BadRequest (404) for a model that isn't served here."""

@@ -19,6 +19,7 @@ from typing import TypeAlias, TypeVar
 from ownlm.generate.adapters import Adapter
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
+from ownlm.generate.parallel import RankLost
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event
 
@@ -54,6 +55,8 @@ class Worker:
 
     def __init__(self, model: Model, *, slots: int) -> None:
         self.model = model
+        self.lost: RankLost | None = None  # why nothing can run here any more
+        self.on_lost: Callable[[], None] = lambda: None  # called then, from the thread
         self.engine: Engine = model.engine(slots)
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.tickets: dict[int, tuple[Ticket, int]] = {}  # engine's id -> whose, which prompt
@@ -86,7 +89,9 @@ class Worker:
         deadline: float | None = None,
     ) -> Ticket:
         """Queue the prompts of a tenant; the rest as `Engine.add` has it. Raises ContextTooLong or UserError at once, in the
-        caller's thread."""
+        caller's thread; EngineFault when the model is lost."""
+        if self.lost is not None:
+            raise EngineFault(str(self.lost))
         for prompt in prompts:
             self.engine.check(prompt, sampling, adapter)
         ticket, came = Ticket(prompts, sampling), time.monotonic()
@@ -120,27 +125,39 @@ class Worker:
         def run() -> None:
             try:
                 future.set_result(function())
-            except Exception as fault:  # noqa: BLE001  (it is raised where it belongs, in the caller)
+            except Exception as fault:
                 future.set_exception(fault)
+                if isinstance(fault, RankLost):
+                    raise
 
         self.inbox.put(run)
         return await asyncio.wrap_future(future)
 
     def _work(self) -> None:
-        while True:
-            # Sleep when there is nothing to do; between steps only take what is there.
-            while self.engine.idle or not self.inbox.empty():
-                command = self.inbox.get()
-                if command is None:
-                    return
-                command()
-                del command  # with all that it holds, such as an adapter
-            try:
-                events = self.engine.step()
-            except Exception as fault:  # noqa: BLE001  (a broken step must not end the server)
-                self._recover(fault)
-            else:
-                self._deliver(events)
+        try:
+            while True:
+                # Sleep when there is nothing to do; between steps only take what is there.
+                while self.engine.idle or not self.inbox.empty():
+                    command = self.inbox.get()
+                    if command is None:
+                        return
+                    command()
+                    del command  # with all that it holds, such as an adapter
+                self._step()
+        except RankLost as fault:
+            self.lost = fault
+            self._fail(str(fault))
+            self.on_lost()
+
+    def _step(self) -> None:
+        try:
+            events = self.engine.step()
+        except RankLost:
+            raise
+        except Exception as fault:  # noqa: BLE001  (a broken step must not end the server)
+            self._recover(fault)
+        else:
+            self._deliver(events)
 
     def _deliver(self, events: list[Event]) -> None:
         """Hand one step's events to their tickets, in one hop to the event loop."""
@@ -159,11 +176,13 @@ class Worker:
         """Fail what was running and begin again with an empty engine."""
         self.faults += 1
         traceback.print_exception(fault)
+        self._fail("The engine failed on this request.")
+        self.engine = self.model.engine(self.engine.slots)
+
+    def _fail(self, why: str) -> None:
         lost = {ticket for ticket, _ in self.tickets.values()}
         self.tickets.clear()
-        self.engine = self.model.engine(self.engine.slots)
-        error = EngineFault("The engine failed on this request.")
-        self._on_loop(dict.fromkeys(lost, error))
+        self._on_loop(dict.fromkeys(lost, EngineFault(why)))
 
     def _on_loop(self, news: Mapping[Ticket, Batch | EngineFault]) -> None:
         def deliver() -> None:
