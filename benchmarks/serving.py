@@ -140,7 +140,8 @@ def main() -> None:
 
     def make() -> Engine:
         runner = NativeRunner(native, decoder, pages=(WRITERS + 2) * CONTEXT // PAGE)
-        return Engine(decoder, cast(Tokenizer, NoText()), slots=WRITERS + 2, runner=runner)
+        # Without drafts: random weights repeat themselves, and a step would be many tokens.
+        return Engine(decoder, cast(Tokenizer, NoText()), slots=WRITERS + 2, runner=runner, speculate=False)
 
     prefix(make, arguments.rounds)
     stalls(make, arguments.rounds)

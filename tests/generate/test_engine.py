@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.drafts import Costs, Echoes, Share
-from ownlm.generate.engine import Engine, Pace
+from ownlm.generate.engine import Engine
+from ownlm.generate.pace import Pace
 from ownlm.generate.runners import NativeRunner, Runner
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event, Row

@@ -108,6 +108,16 @@ def test_a_stream_never_emits_half_a_character() -> None:
     assert stream.finish() == "\ufffd"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_passes_over_ids_that_only_the_model_has(kind: Kind) -> None:
+    tokenizer = TOKENIZERS[kind]
+    stream, (one, *_) = tokenizer.decode_stream(), tokenizer.encode("a")
+    beyond = tokenizer.vocab_size + 7
+    assert "".join([stream.push(one), stream.push(beyond), stream.push(one)]) + stream.finish() == tokenizer.decode(
+        [one, beyond, one]
+    )
+
+
 @given(text=texts, size=st.integers(1, 9))
 def test_a_long_text_is_cut_without_changing_an_id(text: str, size: int) -> None:
     whole = TOKENIZERS["bpe"].encode(text)

@@ -16,14 +16,15 @@ class DecodeStream(Protocol):
 
 
 class ByteStream:
-    """A decode stream for byte-level vocabularies: `table[id]` holds the bytes of a token, none for special ones."""
+    """A decode stream for byte-level vocabularies: `table[id]` holds the bytes of a token, none for special ones. Ids beyond it, which
+    models with padded vocabularies can choose, spell nothing, as in `Tokenizer.decode`."""
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._table[token])
+        return self._decoder.decode(self._table[token] if token < len(self._table) else b"")
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
