@@ -29,7 +29,7 @@ def driver(compiler: str, machine: str, out: Path, flags: dict[str, tuple[str, .
         subprocess.run([compiler, *shared, *own, "-c", str(source), "-o", target], check=True)
         return target
 
-    sources = {build.SOURCES / f"{unit}.cpp": own for unit, own in units.items() if unit not in ("step", "api")}
+    sources = {build.SOURCES / f"{unit}.cpp": own for unit, own in units.items() if unit not in ("step", "lora", "api")}
     sources[DRIVER] = units["pack"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_unit, sources, sources.values()))
