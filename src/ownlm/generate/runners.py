@@ -91,8 +91,7 @@ class NativeRunner:
             adapter_R=np.repeat(np.array(numbers, np.int32), lengths) if adapters else None,
             adapters=[cast(NativeAdapter, adapter.weights) for adapter in adapters],
         )
-        logits_WV, _ = self.native.step(self.cache, batch)
-        assert logits_WV is not None
+        logits_WV = self.native.step(self.cache, batch)
         return list(torch.split(logits_WV, [row.wanted for row in rows]))
 
     def copy(self, page: int, onto: int) -> None:

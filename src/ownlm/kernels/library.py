@@ -38,7 +38,7 @@ class Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, INT) for name in "count pages_of_each partial from_layer to_layer".split()),
-        *((name, POINTER) for name in "token sequence position wanted is_long embeds pages logits hidden".split()),
+        *((name, POINTER) for name in "token sequence position wanted is_long embeds pages logits".split()),
         *((name, POINTER) for name in "adapter adapters".split()),
         ("adapter_count", LONG),
     )

@@ -156,13 +156,9 @@ class NativeDecoder:
         of_a_position = {"f32": 4 * self.padded_head, "bf16": 2 * self.padded_head, "int8": self.padded_head + 2}
         return 2 * self.config.num_layers * kv_heads * PAGE * of_a_position[kv or self.default_kv]
 
-    def step(
-        self, cache: "PagedCache", batch: Batch, *, logits: bool = True, hidden: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits_WV, hidden_WD) of the wanted rows, float32; each only where asked for. Keys and values go into the cache."""
-        wanted = int(batch.wanted_R.sum())
-        logits_WV = torch.empty(wanted, self.padded_vocab) if logits else None
-        hidden_WD = torch.empty(wanted, self.config.hidden_size) if hidden else None
+    def step(self, cache: "PagedCache", batch: Batch) -> Tensor:
+        """logits_WV of the wanted rows, float32. Keys and values go into the cache."""
+        logits_WV = torch.empty(int(batch.wanted_R.sum()), self.padded_vocab)
         arrays = [batch.token_R, batch.sequence_R, batch.position_R, batch.wanted_R, batch.long_R]
         assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (*arrays, batch.pages_SP))
         adapters = (ctypes.c_void_p * len(batch.adapters))(*(adapter.handle.value for adapter in batch.adapters))
@@ -175,15 +171,14 @@ class NativeDecoder:
             *(array.ctypes.data for array in arrays),
             None if batch.embeds_RD is None else batch.embeds_RD.ctypes.data,
             batch.pages_SP.ctypes.data,
-            None if logits_WV is None else logits_WV.data_ptr(),
-            None if hidden_WD is None else hidden_WD.data_ptr(),
+            logits_WV.data_ptr(),
             None if batch.adapter_R is None else batch.adapter_R.ctypes.data,
             ctypes.addressof(adapters),
             len(batch.adapters),
         )
         if self._lib.ownlm_step(self._handle, cache.handle, ctypes.byref(rows)):
             raise no_memory()
-        return None if logits_WV is None else logits_WV[:, : self.config.vocab_size], hidden_WD
+        return logits_WV[:, : self.config.vocab_size]
 
     # ---- packing
 
@@ -394,6 +389,4 @@ def text_logits(native: NativeDecoder, tokens_T: Tensor, kv: KV | None = None) -
         long_R=ones * long,
         pages_SP=np.arange(pages, dtype=np.int32)[None],
     )
-    logits_TV, _ = native.step(native.cache(pages, kv), batch)
-    assert logits_TV is not None
-    return logits_TV
+    return native.step(native.cache(pages, kv), batch)

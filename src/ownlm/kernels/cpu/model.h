@@ -85,7 +85,7 @@ struct Rows {
     const int32_t *token, *sequence, *position, *wanted, *is_long;
     const float* embeds;  // (count, D) in place of embeddings, or none
     const int32_t* pages; // (sequences, pages_of_each)
-    float *logits, *hidden;  // (wanted rows, V rounded up to 16), (wanted rows, D); either may be none
+    float* logits;  // (wanted rows, V rounded up to 16)
     const int32_t* adapter;  // of each row which of `adapters`, -1: none; or none for all
     const Adapter* const* adapters;
     int64_t adapter_count;

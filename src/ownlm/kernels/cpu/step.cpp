@@ -320,11 +320,9 @@ class Step {
                 float* h = m.last.row(i);
                 if (m.norm.weight) kernels.norm(m.norm, m.x.row(wanted[i]), D, h);
                 else std::memcpy(h, m.x.row(wanted[i]), D * sizeof(float));
-                if (rows.hidden) std::memcpy(rows.hidden + size_t(i) * D, h, D * sizeof(float));
-                if (rows.logits) kernels.prepare(out.kind, h, i, 0, m.first_in.in.groups, m.first_in.in);
+                kernels.prepare(out.kind, h, i, 0, m.first_in.in.groups, m.first_in.in);
             }
         });
-        if (!rows.logits) return;
         const size_t V = out.padded();
         if (!adapting->all_heads()) product(member, out, m.first_in.in, count, rows.logits, V, false);
         adapting->heads(member, m.last, rows.logits, V);
