@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from ownlm.checkpoints.weights import load_model, save_codes
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.kernels import library
-from ownlm.models.calibrate import quantize_rest
-from ownlm.models.quantize import Scheme
-from ownlm.models.weights import load_model, save_codes
+from ownlm.quantization.calibrate import quantize_rest
+from ownlm.quantization.codes import Scheme
 
 SENTENCES = [
     "A man is playing the guitar.", "Someone makes music on the street.", "The bank raised its interest rates again.",

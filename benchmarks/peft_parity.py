@@ -73,9 +73,9 @@ def compare(name: str, root: Path) -> list[float]:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-    from ownlm.models.adapters import LoRA, add_lora, merge
-    from ownlm.models.peft import TENSORS, load_adapter, save_adapter
-    from ownlm.models.weights import load_model
+    from ownlm.adapters.lora import LoRA, add_lora, merge
+    from ownlm.adapters.peft import TENSORS, load_adapter, save_adapter
+    from ownlm.checkpoints.weights import load_model
 
     config, options, targets = SHAPES[name]
     bert = config["model_type"] == "bert"

@@ -28,12 +28,11 @@ from torch import Tensor
 
 from build import stdlib
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model
 from ownlm.kernels.native import NativeDecoder, text_logits
-from ownlm.models.calibrate import quantize_decoder
-from ownlm.models.coded import matrices
 from ownlm.models.decoder import Decoder
-from ownlm.models.quantize import Codes, from_blocks, plain, quantized
-from ownlm.models.weights import load_model
+from ownlm.quantization.calibrate import matrices, quantize_decoder
+from ownlm.quantization.codes import Codes, from_blocks, plain, quantized
 from ownlm.release.quantize import calibration_texts, read, rows, settings
 from ownlm.tokens.codec import Tokenizer
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from ownlm import device
-from ownlm.models.adapters import LoRA, add_lora
+from ownlm.adapters.lora import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
-from ownlm.models.quantize import quantize_linears
+from ownlm.quantization.codes import quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, DocumentRows
 from ownlm.tokens.shards import memory_shard

@@ -17,9 +17,9 @@ import ownlm
 from hub import Hub
 from ownlm import cli, device, hub, lineage, storage, transfer
 from ownlm.artifact import Artifact, Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import ArtifactError, Interrupted, NotFound, StorageFull, UserError
 from ownlm.formats.tensorfile import INDEX, write_shards
-from ownlm.models.weights import save_model
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer
 from ownlm.train.stages import FinetuneRecipe, finetune, pretrain

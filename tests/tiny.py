@@ -10,10 +10,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from ownlm.adapters.lora import LoRA, add_lora, merge, wrappers
+from ownlm.adapters.peft import load_adapter, save_adapter
 from ownlm.generate.model import Model
-from ownlm.models.adapters import LoRA, add_lora, merge, wrappers
 from ownlm.models.decoder import Decoder, uniform
-from ownlm.models.peft import load_adapter, save_adapter
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.template import CHATML

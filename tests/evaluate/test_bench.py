@@ -11,6 +11,7 @@ from references import CONFIGS, make_loud
 from test_plots import parse
 
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.cli import main
 from ownlm.evaluate.plots import Measure, roofline
 from ownlm.generate.measure import work
@@ -18,7 +19,6 @@ from ownlm.kernels import library, limits
 from ownlm.kernels.native import NativeDecoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.weights import save_model
 from tiny import tiny_model
 
 FEW = ["--prompts", "9,33", "--batches", "1,3"]

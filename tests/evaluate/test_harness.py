@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import UserError
 from ownlm.evaluate.harness import Settings, batches, draw, evaluate_model, logprobs, measure, next_logprobs, windows
 from ownlm.evaluate.tasks.text import document_bits, predict, within
-from ownlm.models.weights import save_model
 from ownlm.report import Reporter
 from tiny import tiny_model
 

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from ownlm.artifact import Artifact, Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import NotFound, UserError
 from ownlm.evaluate import page
 from ownlm.evaluate.report import verdict
 from ownlm.evaluate.stage import EvaluateRecipe, TaskFile, evaluate
-from ownlm.models.weights import save_model
 from ownlm.recipe import read
 from ownlm.records import Document, Question, Score, write_jsonl
 from ownlm.report import Reporter

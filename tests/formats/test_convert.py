@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import ownlm
 from ownlm import sandbox
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.convert import convert
-from ownlm.models.weights import load_model
 from ownlm.report import Reporter
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ownlm.adapters.peft import CONFIG, TENSORS
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.generate.adapters import Adapter
 from ownlm.generate.engine import Engine
@@ -21,8 +23,6 @@ from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Event
 from ownlm.generate.torch_runner import PAGE, TorchRunner
 from ownlm.kernels import library, native
-from ownlm.models.peft import CONFIG, TENSORS
-from ownlm.models.weights import save_model
 from tiny import tiny_adapter, tiny_merged, tiny_model
 
 needs_kernels = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")

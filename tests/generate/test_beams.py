@@ -8,6 +8,7 @@ import torch
 from references import CONFIGS, save
 from test_engine import RUNNERS
 
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import beams
 from ownlm.generate.engine import Engine
@@ -17,7 +18,6 @@ from ownlm.generate.sequence import Row
 from ownlm.generate.torch_runner import PAGE, TorchRunner, torch_runner
 from ownlm.kernels.native import NativeDecoder
 from ownlm.models.decoder import Decoder
-from ownlm.models.weights import load_model
 from tiny import tiny_model, tiny_tokenizer
 
 VOCABULARY, LIMIT = 24, 26

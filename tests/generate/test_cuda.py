@@ -8,13 +8,13 @@ import torch
 from references import difference
 from test_cache import loud_decoder, tokens
 
+from ownlm.checkpoints.weights import save_model
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.static import CAPTURED_AFTER
 from ownlm.generate.torch_runner import PAGE, Line, TorchRunner
-from ownlm.models.weights import save_model
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

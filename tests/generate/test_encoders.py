@@ -13,7 +13,9 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
 
+from ownlm.adapters.tuning import with_head
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
@@ -21,8 +23,6 @@ from ownlm.models.encoder import Encoder
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
 from ownlm.models.pooling import Pooling
-from ownlm.models.tuning import with_head
-from ownlm.models.weights import load_model, save_model
 from ownlm.tokens.codec import Tokenizer
 from tiny import tiny_model, tiny_tokenizer
 

@@ -10,18 +10,17 @@ import torch
 from references import CONFIGS
 from torch import Tensor
 
+from ownlm.checkpoints.weights import load_model, save_codes, save_model
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.runners import NativeRunner
 from ownlm.generate.torch_runner import TorchRunner
 from ownlm.kernels import library
 from ownlm.models.blank import blank
-from ownlm.models.calibrate import quantize_decoder
-from ownlm.models.coded import matrices
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import Codes, QuantizedLinear, empty, quantized
-from ownlm.models.weights import load_model, save_codes, save_model
+from ownlm.quantization.calibrate import matrices, quantize_decoder
+from ownlm.quantization.codes import Codes, QuantizedLinear, empty, quantized
 from ownlm.release.export import export
 from tiny import tiny_model, tiny_tokenizer
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from references import CONFIGS, difference
 
+from ownlm.checkpoints.weights import save_model
 from ownlm.cli import main
 from ownlm.errors import UserError
 from ownlm.generate import parallel
@@ -22,7 +23,6 @@ from ownlm.generate.parallel import RankLost
 from ownlm.generate.sampling import Sampling
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.weights import save_model
 from tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = ["once upon a time", "the village", "x" * 40, "né à Zürich"]

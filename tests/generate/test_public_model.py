@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import ArtifactError, ContextTooLong, NotFound, UserError
 from ownlm.generate.chat import chat
 from ownlm.generate.model import Model
@@ -17,7 +18,6 @@ from ownlm.generate.runners import NativeRunner
 from ownlm.generate.sampling import Sampling
 from ownlm.kernels import native
 from ownlm.kernels.native import NativeDecoder, unsupported
-from ownlm.models.weights import save_model
 from ownlm.records import Completion, Message
 from tiny import tiny_model
 

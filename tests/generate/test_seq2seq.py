@@ -11,12 +11,12 @@ from transformers import T5ForConditionalGeneration
 
 import ownlm
 from ownlm import cli
+from ownlm.checkpoints.weights import save_model
 from ownlm.errors import UserError
 from ownlm.generate.opening import load, load_decoder
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.seq2seq import Seq2Seq, batches, beam_search
 from ownlm.models.families import from_hf
-from ownlm.models.weights import save_model
 from tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -20,19 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from references import CONFIGS, make_loud
 
+from ownlm.adapters.lora import Learned, Pair, base_of, matching
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.ggml_encode import quantize
 from ownlm.kernels import build, choose, library
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.linear import accelerate
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
-from ownlm.models.adapters import Learned, Pair, base_of, matching
 from ownlm.models.blocks import MLP
-from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import QuantizedLinear, quantize_linears
 from ownlm.models.specs import FeedForward
+from ownlm.quantization.calibrate import quantize_decoder
+from ownlm.quantization.codes import QuantizedLinear, quantize_linears
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 

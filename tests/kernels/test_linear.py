@@ -13,14 +13,14 @@ from seq2seq import save
 from torch import Tensor
 
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model, save_codes
 from ownlm.generate.checkpoint import open_checkpoint
 from ownlm.kernels import library
 from ownlm.kernels.linear import Product, accelerate, teams
 from ownlm.models.blocks import ACTIVATIONS, MLP, gated
-from ownlm.models.calibrate import quantize_rest
-from ownlm.models.quantize import GROUP, Codes, QuantizedLinear, Scheme, quantize, quantize_linears
 from ownlm.models.specs import Activation, FeedForward
-from ownlm.models.weights import load_model, save_codes
+from ownlm.quantization.calibrate import quantize_rest
+from ownlm.quantization.codes import GROUP, Codes, QuantizedLinear, Scheme, quantize, quantize_linears
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 

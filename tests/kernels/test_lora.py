@@ -10,11 +10,11 @@ from references import CONFIGS, difference
 from torch import Tensor
 
 from kernels.test_native import BAR, decoder, shuffled_pages
+from ownlm.adapters.lora import Learned, Pair, attach, base_of, matching, merge, use_adapter
 from ownlm.errors import UserError
 from ownlm.kernels import library
 from ownlm.kernels.adapters import NativeAdapter, joined
 from ownlm.kernels.native import Batch, Kind, NativeDecoder
-from ownlm.models.adapters import Learned, Pair, attach, base_of, matching, merge, use_adapter
 from ownlm.models.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")

@@ -7,8 +7,8 @@ from test_native import decoder, logits
 
 from ownlm.kernels import library
 from ownlm.kernels.native import NativeDecoder, text_logits, unsupported
-from ownlm.models.calibrate import quantize_decoder
-from ownlm.models.quantize import Scheme, quantize_linears
+from ownlm.quantization.calibrate import quantize_decoder
+from ownlm.quantization.codes import Scheme, quantize_linears
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 

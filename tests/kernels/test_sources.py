@@ -9,12 +9,12 @@ from references import CONFIGS, save
 from test_coded import made
 from test_native import logits
 
+from ownlm.checkpoints.unread import Unread, open_unread
+from ownlm.checkpoints.weights import load_model, save_codes
 from ownlm.formats.ggml import DECODERS
 from ownlm.kernels import library
 from ownlm.kernels.native import Kind, NativeDecoder, packed_bytes, unsupported
-from ownlm.models.quantize import Scheme
-from ownlm.models.unread import Unread, open_unread
-from ownlm.models.weights import load_model, save_codes
+from ownlm.quantization.codes import Scheme
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))

@@ -11,10 +11,10 @@ from gguf_cases import CASES
 from numpy.typing import NDArray
 
 from ownlm import gguf
+from ownlm.checkpoints.gguf.write import QUANTIZATIONS, describe
 from ownlm.formats.ggml_encode import ENCODERS, quantize
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.gguf.write import QUANTIZATIONS, describe
 
 # Widths of whole blocks of 256, heads of whole lanes.
 WIDE = {

@@ -13,10 +13,10 @@ from references import difference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models.encoder import Encoder
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model, save_model
 from ownlm.train.cross_entropy import linear_cross_entropy
 
 BAR = 1e-5

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models.attention import everything
 from ownlm.models.blocks import CrossAttention, Step, attend
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, buckets
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model, save_model
 from ownlm.train.cross_entropy import linear_cross_entropy
 
 BAR = 1e-5

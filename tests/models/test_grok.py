@@ -12,9 +12,9 @@ from references import difference
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model, save_model
 
 Array = NDArray[np.float64]
 CONFIG: dict[str, Any] = {

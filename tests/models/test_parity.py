@@ -12,10 +12,10 @@ from references import CONFIGS, difference, save
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ownlm.checkpoints.weights import load_model
 from ownlm.models.blocks import MoE, RMSNorm, SelfAttention
 from ownlm.models.decoder import Decoder
 from ownlm.models.specs import Activation
-from ownlm.models.weights import load_model
 
 BAR = 1e-5
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "hf-tiny"

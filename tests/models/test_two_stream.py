@@ -13,11 +13,11 @@ from seq2seq import CONFIGS, XLNETS, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, XLNetForSequenceClassification
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models import two_stream
 from ownlm.models.families import from_hf
 from ownlm.models.two_stream import RelativeAttention, TwoStream, shifted
-from ownlm.models.weights import load_model, save_model
 from ownlm.train.cross_entropy import linear_cross_entropy
 
 BAR = 1e-5

@@ -29,12 +29,12 @@ from vision_references import (
 )
 
 import ownlm.models.vision as vision_module
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models import vision_language
 from ownlm.models.attention import causal, everything
 from ownlm.models.cache import KVCache
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model, save_model
 
 BAR = 1e-5
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "hf-tiny"

@@ -16,13 +16,13 @@ from references import CONFIGS, difference, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ownlm
+from ownlm.adapters.lora import LoRA, add_lora
+from ownlm.adapters.peft import save_adapter
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.cli import main
 from ownlm.errors import NotFound, UserError
-from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.peft import save_adapter
-from ownlm.models.weights import load_model, save_model
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
 from tiny import tiny_model

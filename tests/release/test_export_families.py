@@ -21,9 +21,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import ownlm
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.models.families import FAMILIES, from_hf
-from ownlm.models.weights import load_model, save_model
 from ownlm.release import export as exporting
 from ownlm.release.compare import TEXT, compare, numbers, sample
 from ownlm.release.export import export

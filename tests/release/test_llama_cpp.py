@@ -24,12 +24,12 @@ from references import CONFIGS, save
 from test_ggml import GGML_ERRORS, encoded, numbers, relative_error
 
 from ownlm import gguf
+from ownlm.checkpoints.unread import open_unread
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.kernels import library
 from ownlm.kernels.native import NativeDecoder, text_logits
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.unread import open_unread
-from ownlm.models.weights import load_model, save_model
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
 from ownlm.tokens.codec import Tokenizer

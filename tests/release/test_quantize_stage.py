@@ -11,14 +11,14 @@ import torch
 
 import ownlm
 from ownlm.artifact import Artifact, Workspace
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.cli import main
 from ownlm.errors import UserError
 from ownlm.kernels import library
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
-from ownlm.models.quantize import QuantizedLinear
-from ownlm.models.weights import load_model, save_model
 from ownlm.pipeline import run_stage
+from ownlm.quantization.codes import QuantizedLinear
 from ownlm.records import Conversation, Document, Message, write_jsonl
 from ownlm.release.quantize import read, rows
 from ownlm.report import Reporter

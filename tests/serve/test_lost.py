@@ -11,10 +11,10 @@ import pytest
 
 from live import http
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.parallel import RankLost
-from ownlm.models.weights import save_model
 from ownlm.serve.server import serve
 from tiny import tiny_model
 

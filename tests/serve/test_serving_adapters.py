@@ -10,10 +10,10 @@ import pytest
 from openai.types import Model as ModelCard
 
 from live import http, running, slow
+from ownlm.adapters.peft import CONFIG
 from ownlm.errors import UserError
 from ownlm.generate.model import Model
 from ownlm.model_commands import _adapters
-from ownlm.models.peft import CONFIG
 from tiny import tiny_adapter, tiny_merged, tiny_model
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]

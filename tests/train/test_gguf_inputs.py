@@ -9,14 +9,14 @@ import torch
 from worlds import prepared, recipe
 
 from ownlm import api
+from ownlm.adapters.lora import LoRA
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model
 from ownlm.cli import main
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.evaluate.stage import EvaluateRecipe, evaluate, scores_of
 from ownlm.generate.opening import load
 from ownlm.lineage import lineage
-from ownlm.models.adapters import LoRA
-from ownlm.models.weights import load_model
 from ownlm.release.export import export
 from ownlm.report import Reporter
 from ownlm.tokens.gguf import tokenizer_of

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ownlm.adapters.lora import LoRA, add_lora
 from ownlm.errors import Busy, Interrupted, UserError
-from ownlm.models.adapters import LoRA, add_lora
 from ownlm.models.decoder import Decoder, init_weights
-from ownlm.models.quantize import Scheme, quantize_linears
+from ownlm.quantization.codes import Scheme, quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, ConversationRows, DocumentRows, validation_documents
 from ownlm.tokens.shards import memory_shard

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ownlm.checkpoints.weights import save_model
 from ownlm.models.decoder import Decoder, init_weights, uniform
 from ownlm.models.families import FAMILIES, from_hf
 from ownlm.models.specs import Attention, FeedForward, Rotary
-from ownlm.models.weights import save_model
 from ownlm.tokens.batches import UNTRAINED, Batch
 from ownlm.tokens.corrupt import PermutationLM, draw, factorise
 from ownlm.tokens.examples import (

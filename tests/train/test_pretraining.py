@@ -14,11 +14,11 @@ import torch
 
 from ownlm import recipe as recipes
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import Interrupted, RecipeError, UserError
 from ownlm.lineage import lineage
 from ownlm.models.decoder import init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.weights import load_model
 from ownlm.pipeline import Recipe, fill_names, read_recipe, recipe_path, run_all
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer

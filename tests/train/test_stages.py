@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from ownlm.adapters.lora import LoRA
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import load_model
 from ownlm.cli import main
 from ownlm.errors import Interrupted, StorageFull, UserError
 from ownlm.evaluate.stage import scores_of
 from ownlm.generate.opening import load
-from ownlm.models.adapters import LoRA
-from ownlm.models.weights import load_model
 from ownlm.recipe import validate
 from ownlm.report import Reporter
 from ownlm.tokens.codec import Tokenizer

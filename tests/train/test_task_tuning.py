@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from ownlm.adapters.lora import LoRA
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.weights import save_model
 from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
 from ownlm.documents.examples import ExamplesSource
 from ownlm.errors import UserError
@@ -15,10 +17,8 @@ from ownlm.evaluate.stage import EvaluateRecipe, evaluate
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.reading import Found, joined_entities
-from ownlm.models.adapters import LoRA
 from ownlm.models.families import from_hf
 from ownlm.models.heads import init_normal
-from ownlm.models.weights import save_model
 from ownlm.records import Labelled, Tagged, read_jsonl
 from ownlm.report import Reporter
 from ownlm.tokens.framing import first_tokens, joined

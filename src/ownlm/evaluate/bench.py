@@ -27,7 +27,7 @@ from ownlm.kernels.limits import Limits, limits
 from ownlm.kernels.native import PAGE, NativeDecoder, unsupported
 from ownlm.kernels.sources import Kind, default_kind
 from ownlm.models.decoder import Decoder
-from ownlm.models.quantize import QuantizedLinear
+from ownlm.quantization.codes import QuantizedLinear
 from ownlm.report import Reporter
 
 Side = Literal["step", "engine"]

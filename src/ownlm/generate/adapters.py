@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from ownlm import device as machine
+from ownlm.adapters import peft
+from ownlm.adapters.lora import Learned
 from ownlm.artifact import Workspace
 from ownlm.errors import NotFound, UserError
 from ownlm.generate.checkpoint import adapter_folder
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import NativeDecoder
-from ownlm.models import peft
-from ownlm.models.adapters import Learned
 from ownlm.models.decoder import Decoder
 from ownlm.report import size
 

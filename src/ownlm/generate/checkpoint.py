@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
+from ownlm.adapters import peft
+from ownlm.adapters.lora import merge
+from ownlm.adapters.tuning import with_head_of
 from ownlm.artifact import Artifact, Workspace
+from ownlm.checkpoints.coded import is_quantised
+from ownlm.checkpoints.unread import Unread, open_unread
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
 from ownlm.generate.parallel import Ranks
 from ownlm.kernels import library, native
 from ownlm.kernels.linear import accelerate
-from ownlm.models import peft
-from ownlm.models.adapters import merge
-from ownlm.models.coded import is_quantised
-from ownlm.models.tuning import with_head_of
-from ownlm.models.unread import Unread, open_unread
-from ownlm.models.weights import load_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ownlm import device as machine
+from ownlm.checkpoints.shards import Shard, join
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import UserError
 from ownlm.generate.torch_runner import Line, TorchRunner
 from ownlm.models.decoder import Decoder
-from ownlm.models.shards import Shard, join
-from ownlm.models.weights import load_model
 
 OPEN, CLOSE, STEP, COPY, FORWARD, LOGITS = range(6)
 

@@ -23,7 +23,7 @@ from ownlm.kernels.sources import Kind
 from ownlm.models.blocks import MoE
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder
-from ownlm.models.quantize import linears
+from ownlm.quantization.codes import linears
 from ownlm.tokens.codec import Tokenizer
 
 STEPS, SECONDS = 16, 4.0  # of streams: so many steps, or fewer that take so long

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ownlm import device as machine
+from ownlm.checkpoints.unread import Unread
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate import asking, beams
 from ownlm.generate.adapters import Adapter, Adapters, for_each
@@ -39,8 +40,7 @@ from ownlm.kernels.sources import WeightsState, weights_state
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.pooling import Pooling, pool
-from ownlm.models.quantize import count_weights
-from ownlm.models.unread import Unread
+from ownlm.quantization.codes import count_weights
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 

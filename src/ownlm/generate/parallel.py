@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ownlm import device as machine
+from ownlm.checkpoints.shards import Shard, join
 from ownlm.errors import UserError
 from ownlm.generate import follower
 from ownlm.generate.follower import Part
@@ -33,7 +34,6 @@ from ownlm.generate.sequence import Row
 from ownlm.generate.torch_runner import TorchRunner, torch_runner
 from ownlm.models.decoder import Decoder, count_parameters
 from ownlm.models.families import from_hf
-from ownlm.models.shards import Shard, join
 from ownlm.sandbox import ROOT
 
 START_S = 1800  # for reading a large checkpoint from a slow disk

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ownlm.adapters.lora import Learned
 from ownlm.generate.sequence import Row
 from ownlm.generate.sequence import Sequence as Writing
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import KV, PAGE, Batch, NativeDecoder
-from ownlm.models.adapters import Learned
 from ownlm.models.decoder import Decoder
 from ownlm.models.rotary import is_long
 

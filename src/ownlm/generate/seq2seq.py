@@ -24,7 +24,7 @@ from ownlm.generate.sequence import Sequence as Writing
 from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, Source
-from ownlm.models.quantize import count_weights
+from ownlm.quantization.codes import count_weights
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 

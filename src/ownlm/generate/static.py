@@ -17,7 +17,7 @@ from torch import Tensor
 from ownlm.models.blocks import MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import PagedCache
-from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
+from ownlm.quantization.codes import Quantized
 
 if TYPE_CHECKING:
     from ownlm.generate.torch_runner import Line
@@ -37,7 +37,7 @@ class Steps:
     def possible(model: Decoder) -> bool:
         """False for mixtures of experts, where only the device knows which tokens an expert gets, and for quantised layers, which make
         their levels on the way."""
-        return not any(isinstance(module, MoE | QuantizedLinear | QuantizedEmbedding) for module in model.modules())
+        return not any(isinstance(module, MoE | Quantized) for module in model.modules())
 
     def fits(self, lines: Sequence["Line"]) -> bool:
         """Whether these lines are a step of writing, with the model alone, that is gathered in one piece."""

@@ -13,10 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ownlm.adapters.lora import Learned, beside
 from ownlm.generate.runners import embeds_of
 from ownlm.generate.sequence import Row
 from ownlm.generate.static import Steps
-from ownlm.models.adapters import Learned, beside
 from ownlm.models.decoder import Decoder
 from ownlm.models.paged import PagedCache, position_bytes
 from ownlm.models.rotary import is_long

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ownlm.adapters.lora import Learned, Pair
 from ownlm.errors import UserError
 from ownlm.kernels import native
 from ownlm.kernels.native import GROUP, KINDS, LANES, NativeDecoder
 from ownlm.kernels.sources import Kind
-from ownlm.models.adapters import Learned, Pair
 
 PLACES = {
     "q_proj": 0,

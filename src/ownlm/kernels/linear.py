@@ -24,7 +24,7 @@ from ownlm.errors import UserError
 from ownlm.kernels import library as lib
 from ownlm.kernels.native import ACTIVATIONS, KINDS, LANES
 from ownlm.models.blocks import MLP, Block
-from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
+from ownlm.quantization.codes import Codes, QuantizedEmbedding, QuantizedLinear
 
 CODES = 2  # a source of `ownlm_linear_new`
 

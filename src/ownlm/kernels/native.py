@@ -28,9 +28,9 @@ from ownlm.kernels import library as lib
 from ownlm.kernels.sources import Kind, Weight, by_row, default_kind, pieces, together, weight_of
 from ownlm.models.blocks import MLP, Block, MoE, RMSNorm
 from ownlm.models.decoder import Decoder, DecoderConfig
-from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
 from ownlm.models.specs import LongRope, Rotary
+from ownlm.quantization.codes import Quantized
 
 if TYPE_CHECKING:
     from ownlm.kernels.adapters import NativeAdapter
@@ -64,7 +64,7 @@ def unsupported(model: nn.Module) -> str | None:
     if model.device.type not in ("cpu", "meta"):  # meta: its weights are still in their file
         return "the model is not on the CPU"
     for module in model.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, Quantized):
             if module.scheme not in KINDS:
                 return f"layers in {module.scheme} compute for themselves"
         elif type(module) is not nn.Linear and hasattr(module, "in_features"):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ownlm.formats.ggml import Blocks
 from ownlm.models.decoder import Decoder
-from ownlm.models.quantize import Codes, QuantizedEmbedding, QuantizedLinear
-from ownlm.models.recode import exactly, recode, scheme_of, widened
+from ownlm.quantization.codes import Codes, Quantized
+from ownlm.quantization.recode import exactly, recode, scheme_of, widened
 
 Kind = Literal["f32", "bf16", "int8", "int4"]
 Weight: TypeAlias = Tensor | Codes | Blocks
@@ -26,7 +26,7 @@ PIECE = 2**22  # numbers made of blocks at a time
 
 def weight_of(module: nn.Module | Tensor) -> Weight:
     """The weight of a layer (or of a stack of experts, itself a tensor), in codes where it is kept so."""
-    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+    if isinstance(module, Quantized):
         return module.blocks or module.kept
     weight: Tensor = module if isinstance(module, Tensor) else module.weight  # type: ignore[assignment]
     return weight
@@ -53,7 +53,7 @@ def kept_kind(weight: Codes | Blocks) -> Literal["int8", "int4"]:
 
 def default_kind(model: Decoder) -> Kind:
     """That of most of its matrices in codes; without any bf16 for a model in it, else float32."""
-    kept = [module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)]
+    kept = [module for module in model.modules() if isinstance(module, Quantized)]
     if kept:
         schemes = [kept_kind(module.kept) for module in kept]
         return max(("int8", "int4"), key=schemes.count)  # type: ignore[arg-type]

@@ -6,10 +6,9 @@
     encoder, encoder_decoder     BERT, RoBERTa, DistilBERT; T5
     two_stream                   XLNet
     vision, dual, vision_language  ViT; CLIP; LLaVA, Pixtral, Mistral 3
-    heads, pooling, tuning       what reads hidden states, and a fresh head on a model that is there
+    heads, pooling               what reads hidden states
     names                        a stored tensor, made of which of ours
     families/                    config.json -> one of the shapes, and its names: `fields`, `layers`, then the rows in `__init__`
-    weights                      a checkpoint in and out
 
-Beside them: gguf/ (llama.cpp's names for the same), adapters, peft and quantize.
+To the right of it stand what is done to a model's weights: `quantization`, `adapters`, and `checkpoints`, which brings them in and out.
 """

@@ -91,6 +91,31 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     return torch.split(F.linear(x, weight, bias), [layer.out_features for layer in layers], dim=-1)
 
 
+class Coded(nn.Module):
+    """A Linear's weight or an Embedding's table kept in codes (quantization/). `product` is what multiplies by it in PyTorch's place where
+    nothing is trained, on the CPU (kernels/linear.py)."""
+
+    product: Callable[[Tensor], Tensor] | None = None
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """(O, I): the numbers that the codes stand for, made on the spot."""
+        raise NotImplementedError
+
+
+def matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(O, I): the weight of a Linear or an Embedding, in codes or not."""
+    weight: Any = module.dequantized(dtype) if isinstance(module, Coded) else module.weight
+    return weight  # type: ignore[no-any-return]
+
+
+def read_out(hidden: Tensor, head: nn.Module, bias: Tensor | None = None) -> Tensor:
+    """(…, D) -> (…, V): hidden states through a head without a bias of its own, a Linear or an Embedding, in codes or not."""
+    product = head.product if isinstance(head, Coded) else None
+    if product is None or torch.is_grad_enabled() or hidden.device.type != "cpu":
+        return F.linear(hidden, matrix(head, hidden.dtype), bias)
+    return product(hidden) if bias is None else product(hidden) + bias
+
+
 def projections(hidden_size: int, a: Attention) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
     """Into queries, keys and values, and out of the heads."""
     queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ownlm.models.attention import among
 from ownlm.models.blank import blank
-from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm
+from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm, matrix
 from ownlm.models.cache import KVCache
 from ownlm.models.heads import make_head
 from ownlm.models.paged import PagedAddress
 from ownlm.models.pooling import Pooling
-from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
 from ownlm.models.specs import Attention, FeedForward, Head, Layer, LongRope, Norm, Rotary, Task
 
@@ -141,9 +140,7 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in; its weights may be kept in less."""
-        table: Any = self.norm if isinstance(self.embed_tokens, QuantizedEmbedding) else self.embed_tokens
-        dtype: torch.dtype = table.weight.dtype
-        return dtype
+        return next(self.norm.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
@@ -152,11 +149,7 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D): hidden @ head_weight.T are the logits; the embedding itself when tied. Made on the spot where it is kept in codes."""
-        head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
-        if isinstance(head, QuantizedLinear | QuantizedEmbedding):
-            return head.dequantized(self.dtype)
-        weight: Tensor = head.weight
-        return weight
+        return matrix(self.embed_tokens if self.lm_head is None else self.lm_head, self.dtype)
 
     @property
     def head_bias(self) -> Tensor | None:

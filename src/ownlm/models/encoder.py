@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import among
-from ownlm.models.blocks import Block, Step, make_norm
+from ownlm.models.blocks import Block, Step, make_norm, matrix, read_out
 from ownlm.models.heads import MaskedLMHead, Pooler, make_head
 from ownlm.models.pooling import Pooling
-from ownlm.models.quantize import QuantizedEmbedding, read_out
 from ownlm.models.specs import Head, Layer, Norm, Task
 
 
@@ -82,9 +81,7 @@ class Encoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D): the embedding itself; head_input(hidden) @ head_weight.T + head_bias are the logits."""
-        table: Any = self.embed_tokens
-        weight: Tensor = table.dequantized(self.dtype) if isinstance(table, QuantizedEmbedding) else table.weight
-        return weight
+        return matrix(self.embed_tokens, self.dtype)
 
     @property
     def head_bias(self) -> Tensor | None:

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import Visibility, among, causal, everything, masked
-from ownlm.models.blocks import Block, Step, make_norm
+from ownlm.models.blocks import Block, Step, make_norm, matrix, read_out
 from ownlm.models.cache import KVCache
-from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear, read_out
 from ownlm.models.specs import Layer, Norm
 
 
@@ -140,11 +139,7 @@ class EncoderDecoder(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D): head_input(hidden) @ head_weight.T are the logits; the embedding itself when tied. Made on the spot where it is
         kept in codes."""
-        head: Any = self.embed_tokens if self.lm_head is None else self.lm_head
-        if isinstance(head, QuantizedLinear | QuantizedEmbedding):
-            return head.dequantized(self.dtype)
-        weight: Tensor = head.weight
-        return weight
+        return matrix(self.embed_tokens if self.lm_head is None else self.lm_head, self.dtype)
 
     @property
     def head_bias(self) -> None:

@@ -19,6 +19,8 @@ import torch
 
 from ownlm import device, gguf
 from ownlm.artifact import Workspace
+from ownlm.checkpoints.gguf.write import QUANTIZATIONS, describe
+from ownlm.checkpoints.weights import load_model, save_model, stored_dtypes
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.generate.checkpoint import open_checkpoint
@@ -26,10 +28,8 @@ from ownlm.models.decoder import Decoder
 from ownlm.models.dual import DualTower
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
-from ownlm.models.gguf.write import QUANTIZATIONS, describe
 from ownlm.models.vision import VisionTower
 from ownlm.models.vision_language import VisionLanguage
-from ownlm.models.weights import load_model, save_model, stored_dtypes
 from ownlm.release.compare import Comparison, compare, numbers, sample
 from ownlm.report import size
 from ownlm.storage import flush, storage

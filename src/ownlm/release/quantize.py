@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from ownlm.artifact import Artifact, Workspace
+from ownlm.checkpoints.coded import is_quantised
+from ownlm.checkpoints.weights import save_codes
 from ownlm.errors import UserError
 from ownlm.formats.settings import read_json
 from ownlm.generate.checkpoint import base_of, open_checkpoint
 from ownlm.kernels.native import NativeDecoder, text_logits, unsupported
 from ownlm.lineage import lineage
-from ownlm.models.calibrate import quantize_decoder, quantize_rest
-from ownlm.models.coded import is_quantised, quantizable
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.families import from_hf
-from ownlm.models.weights import save_codes
+from ownlm.quantization.calibrate import quantizable, quantize_decoder, quantize_rest
 from ownlm.records import Conversation, Document, read_jsonl
 from ownlm.release.likeness import Likeness, likeness
 from ownlm.report import Reporter, duration, quantity, size

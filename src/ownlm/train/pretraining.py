@@ -18,13 +18,13 @@ from torch import nn
 
 from ownlm import device
 from ownlm.artifact import Artifact
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, DecoderConfig, init_weights
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import FAMILIES, from_hf
 from ownlm.models.two_stream import TwoStream
-from ownlm.models.weights import load_model
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batches, DocumentRows, Micro, validation_documents
 from ownlm.tokens.codec import Tokenizer

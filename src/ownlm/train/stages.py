@@ -20,15 +20,15 @@ from typing import Any, Literal
 import torch
 
 from ownlm import device
+from ownlm.adapters.lora import LoRA, add_lora, merge
+from ownlm.adapters.peft import load_adapter, save_adapter
+from ownlm.adapters.tuning import with_head_of
 from ownlm.artifact import Artifact, Workspace, fingerprint
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import UserError
-from ownlm.models.adapters import LoRA, add_lora, merge
 from ownlm.models.decoder import Decoder, DecoderConfig, uniform
-from ownlm.models.peft import load_adapter, save_adapter
-from ownlm.models.quantize import quantize_linears
 from ownlm.models.specs import Attention, FeedForward, Rotary
-from ownlm.models.tuning import with_head_of
-from ownlm.models.weights import load_model, save_model
+from ownlm.quantization.codes import quantize_linears
 from ownlm.report import Reporter, duration, quantity
 from ownlm.storage import storage, write_atomic
 from ownlm.tokens.batches import Batches, DocumentRows, Micro

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ownlm.adapters.tuning import with_head
 from ownlm.artifact import Artifact
 from ownlm.documents.examples import FILES
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
-from ownlm.models.tuning import with_head
 from ownlm.models.two_stream import TwoStream
 from ownlm.records import EXAMPLES, ExampleTask, Labelled, Tagged, read_jsonl
 from ownlm.report import Reporter

@@ -8,16 +8,16 @@ import torch
 from references import CONFIGS, make_loud
 from torch import Tensor
 
+from ownlm.adapters.lora import LoRA, add_lora
+from ownlm.checkpoints.weights import load_model, save_codes, save_model
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.tensorfile import read_header, read_tensors, write_tensors
-from ownlm.models.adapters import LoRA, add_lora
-from ownlm.models.calibrate import quantize_decoder
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import QuantizedLinear, Scheme
-from ownlm.models.recode import from_blocks
-from ownlm.models.weights import load_model, save_codes, save_model
+from ownlm.quantization.calibrate import quantize_decoder
+from ownlm.quantization.codes import QuantizedLinear, Scheme
+from ownlm.quantization.recode import from_blocks
 
 DECODERS = ["gpt2", "llama3", "qwen3-tied", "mixtral", "phi2", "gemma3", "gpt-oss"]
 IDS = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(1))

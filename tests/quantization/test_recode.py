@@ -7,8 +7,8 @@ from block_files import blocks
 
 from ownlm.formats.ggml import DECODERS, Blocks
 from ownlm.gguf import LAYOUTS
-from ownlm.models.quantize import GROUP, quantize
-from ownlm.models.recode import EXACT, exactly, recode, widened
+from ownlm.quantization.codes import GROUP, quantize
+from ownlm.quantization.recode import EXACT, exactly, recode, widened
 
 SHAPE = (24, 512)
 

@@ -15,13 +15,13 @@ from references import CONFIGS, SMALL, difference, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.tensorfile import read_header, write_tensors
 from ownlm.models.cache import KVCache
 from ownlm.models.decoder import Decoder, init_weights, uniform
 from ownlm.models.families import family_of, from_hf, to_hf
 from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
-from ownlm.models.weights import load_model, save_model
 
 BAR = 1e-5
 PARTS: dict[str, Any] = {
@@ -349,7 +349,7 @@ LOAD = """
 import sys
 from pathlib import Path
 from ownlm import device
-from ownlm.models.weights import load_model
+from ownlm.checkpoints.weights import load_model
 load_model(sys.argv[1])  # what is imported on the way is no memory of the weights
 Path("/proc/self/clear_refs").write_text("5")  # the peak is now
 before = device.peak_memory_bytes()

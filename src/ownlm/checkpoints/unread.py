@@ -18,19 +18,20 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ownlm.checkpoints import coded, weights
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.settings import read_json
 from ownlm.formats.tensorfile import Mapped
 from ownlm.gguf import byte_size
-from ownlm.models import coded, weights
 from ownlm.models.blank import blank
 from ownlm.models.blocks import Stack
 from ownlm.models.decoder import Decoder
 from ownlm.models.families.family import Held
 from ownlm.models.names import LAYOUTS, Stored
-from ownlm.models.quantize import Codes, empty, quantized
-from ownlm.models.recode import EXACT, recode, scheme_of
+from ownlm.quantization.calibrate import matrices
+from ownlm.quantization.codes import Codes, empty, quantized
+from ownlm.quantization.recode import EXACT, recode, scheme_of
 from ownlm.report import size
 
 Value: TypeAlias = Tensor | Blocks
@@ -164,7 +165,7 @@ class _Files:
             if isinstance(value, Blocks) and stored.layout in WHOLE_ROWS:
                 types |= {name: value.type for name, expert in stored.parts if expert is None}
         found: dict[str, str] = {}
-        for name in coded.matrices(self.model):
+        for name in matrices(self.model):
             experts = isinstance(self.model.get_submodule(name), Stack)
             names = [f"{name}.{each}" for each in EXPERTS] if experts else [f"{name}.weight"]
             if all(each in types for each in names):

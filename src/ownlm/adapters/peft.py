@@ -19,10 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ownlm.errors import ArtifactError, UserError
-from ownlm.formats.settings import read_json, write_json
-from ownlm.formats.tensorfile import Entry, read_header, read_tensors, write_tensors
-from ownlm.models.adapters import (
+from ownlm.adapters.lora import (
     Adapted,
     Learned,
     Pair,
@@ -36,6 +33,9 @@ from ownlm.models.adapters import (
     use_adapter,
     wrappers,
 )
+from ownlm.errors import ArtifactError, UserError
+from ownlm.formats.settings import read_json, write_json
+from ownlm.formats.tensorfile import Entry, read_header, read_tensors, write_tensors
 from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import FAMILIES, to_hf

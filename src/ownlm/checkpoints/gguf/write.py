@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ownlm import gguf
+from ownlm.checkpoints.gguf.architectures import ARCHITECTURES, Keys, meaning
+from ownlm.checkpoints.gguf.keys import Config, encoder_keys, extra_tensors, write
 from ownlm.errors import UserError
 from ownlm.formats.ggml_encode import quantize
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.encoder import Encoder, EncoderConfig
 from ownlm.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from ownlm.models.families import FAMILIES
-from ownlm.models.gguf.architectures import ARCHITECTURES, Keys, meaning
-from ownlm.models.gguf.keys import Config, encoder_keys, extra_tensors, write
 from ownlm.models.names import Stored, nameless, stored_tensors
 from ownlm.models.rotary import attention_factor, frequencies
 from ownlm.models.specs import Layer, LongRope, Rotary

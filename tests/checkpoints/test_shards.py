@@ -11,11 +11,11 @@ from references import CONFIGS, difference
 from test_cache import tokens
 from torch import Tensor
 
+from ownlm.checkpoints.shards import Shard, join
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.shards import Shard, join
-from ownlm.models.weights import load_model, save_model
 
 FAMILIES = ["llama3", "gemma3", "mixtral", "gpt2", "gpt-oss", "gpt-neox", "phi2", "phi3", "qwen3-moe", "llama-biased"]
 

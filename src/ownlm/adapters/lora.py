@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ownlm.errors import UserError
-from ownlm.models.quantize import QuantizedLinear, linears
+from ownlm.quantization.codes import QuantizedLinear, linears
 
 Choice = str | tuple[str | None, ...] | None  # an adapter, one for each row, or none
 

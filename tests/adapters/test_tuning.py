@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ownlm.adapters.tuning import with_head
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import UserError
 from ownlm.models.decoder import Decoder, init_weights, uniform
 from ownlm.models.specs import Attention, FeedForward, Problem, Rotary, Task
-from ownlm.models.tuning import with_head
-from ownlm.models.weights import load_model, save_model
 
 BAR = 1e-5
 NAMES = ("person", "place", "thing", "none")

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownlm.checkpoints import coded, shards
+from ownlm.checkpoints.gguf.read import open_gguf
+from ownlm.checkpoints.shards import Shard
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
 from ownlm.formats.tensorfile import Entry, Mapped, Pending, read_header, write_shards
-from ownlm.models import coded, shards
 from ownlm.models.blank import blank
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened
-from ownlm.models.gguf.read import open_gguf
 from ownlm.models.names import Stored, renamed, stored_tensors
 from ownlm.models.pooling import read_pooling, write_pooling
-from ownlm.models.shards import Shard
+from ownlm.quantization.calibrate import Quantizable
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -208,7 +209,7 @@ def save_model(
 
 
 def save_codes(
-    model: coded.Quantizable,
+    model: Quantizable,
     directory: Path | str,
     *,
     bos_token_id: int | None = None,

@@ -5,8 +5,7 @@ import torch
 from references import CONFIGS
 from torch import Tensor, nn
 
-from ownlm.errors import UserError
-from ownlm.models.adapters import (
+from ownlm.adapters.lora import (
     Adapted,
     LoRA,
     Pair,
@@ -17,10 +16,11 @@ from ownlm.models.adapters import (
     use_adapter,
     wrappers,
 )
+from ownlm.errors import UserError
 from ownlm.models.blocks import project
 from ownlm.models.decoder import Decoder, init_weights
 from ownlm.models.families import from_hf
-from ownlm.models.quantize import quantize_linears
+from ownlm.quantization.codes import quantize_linears
 
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
 

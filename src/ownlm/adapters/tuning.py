@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ownlm.adapters import peft
 from ownlm.errors import UserError
 from ownlm.formats.settings import read_json
 from ownlm.formats.tensorfile import read_header
-from ownlm.models import peft
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.heads import TOLD, headed
 from ownlm.models.heads import init_normal

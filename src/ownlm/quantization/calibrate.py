@@ -12,18 +12,17 @@ Shapes: N rows of text, B rows of a batch, T tokens, D hidden, I inputs.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ownlm.models.blocks import Block, MoE, Stack, Step, gated
-from ownlm.models.coded import matrices
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
-from ownlm.models.gptq import Moments, gptq
-from ownlm.models.quantize import Codes, Scheme, quantize, quantized
+from ownlm.quantization.codes import Codes, Scheme, linears, quantize, quantized
+from ownlm.quantization.gptq import Moments, gptq
 
 BATCH_TOKENS = 8192
 # Layers that read the same input, in the order in which a block runs them.
@@ -33,7 +32,34 @@ SHARED_INPUTS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+Quantizable: TypeAlias = Decoder | Encoder | EncoderDecoder
 Progress = Callable[[int, int], None]  # layers done, layers in all; the head counts as one
+
+
+def quantizable(model: Any) -> TypeGuard[Quantizable]:
+    """Decoders that write, encoders with any head or none, encoder-decoders."""
+    return isinstance(model, Encoder | EncoderDecoder) or (isinstance(model, Decoder) and model.task is None)
+
+
+def matrices(model: Quantizable) -> list[str]:
+    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error, and neither do heads
+    with a few labels."""
+    if not isinstance(model, Decoder):
+        head = isinstance(model, EncoderDecoder) and model.lm_head is not None
+        return ["embed_tokens", *linears(model), *(["lm_head"] if head else [])]
+    blocks = [(f"layers.{index}", block) for index, block in enumerate(model.layers)]
+    inside = [
+        f"{name}.{part}"
+        for name, block in blocks
+        for part, module in block.named_modules()
+        if isinstance(block, Block)
+        and (
+            part == "mlp.experts"
+            if isinstance(block.mlp, MoE) and part.startswith("mlp.")
+            else hasattr(module, "in_features")
+        )
+    ]
+    return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
 
 
 def quantize_decoder(

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ownlm.formats.ggml import Blocks
 from ownlm.models.blank import blank
-from ownlm.models.blocks import MoE, Stack, gated
+from ownlm.models.blocks import Coded, MoE, Stack, gated
 from ownlm.models.specs import FeedForward
 
 Scheme = Literal["int8", "int4", "nf4"]
@@ -132,29 +132,34 @@ def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
     return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen nn.Linear; it computes in the dtype of x. (`.to(dtype)` would round its scales.) `product` is what multiplies in
-    PyTorch's place where nothing is trained, on the CPU (kernels/linear.py). `blocks`: see unread.py."""
+class Quantized(Coded):
+    """Codes and scales as buffers. (`.to(dtype)` would round the scales.) `blocks`: see checkpoints/unread.py."""
 
     codes: Tensor
     scales: Tensor
-    product: Callable[[Tensor], Tensor] | None = None
     blocks: Blocks | None = None
 
-    def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
+    def __init__(self, kept: Codes) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.scheme = kept.columns, kept.codes.shape[-2], kept.scheme
+        self.columns, self.scheme = kept.columns, kept.scheme
         self.register_buffer("codes", kept.codes)
         self.register_buffer("scales", kept.scales)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
     def kept(self) -> Codes:
-        return Codes(self.scheme, self.codes, self.scales, self.in_features)
+        return Codes(self.scheme, self.codes, self.scales, self.columns)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """(O, I)"""
         return self.kept.tensor(dtype)
+
+
+class QuantizedLinear(Quantized):
+    """A frozen nn.Linear; it computes in the dtype of x."""
+
+    def __init__(self, kept: Codes, bias: Tensor | None = None) -> None:
+        super().__init__(kept)
+        self.in_features, self.out_features = kept.columns, kept.codes.shape[-2]
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.product is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
@@ -177,41 +182,11 @@ class FrozenProduct(torch.autograd.Function):
         return grad @ ctx.layer.dequantized(grad.dtype), None
 
 
-class QuantizedEmbedding(nn.Module):
-    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32. `product` is of a table that is also
-    a head; see QuantizedLinear. `blocks`: see unread.py."""
-
-    codes: Tensor
-    scales: Tensor
-    product: Callable[[Tensor], Tensor] | None = None
-    blocks: Blocks | None = None
-
-    def __init__(self, kept: Codes) -> None:
-        super().__init__()
-        self.columns, self.scheme = kept.columns, kept.scheme
-        self.register_buffer("codes", kept.codes)
-        self.register_buffer("scales", kept.scales)
-
-    @property
-    def kept(self) -> Codes:
-        return Codes(self.scheme, self.codes, self.scales, self.columns)
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """(O, I), for a head that is tied to it."""
-        return self.kept.tensor(dtype)
+class QuantizedEmbedding(Quantized):
+    """A frozen nn.Embedding: of the table only the rows that are looked up are made, in float32."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.kept[ids].tensor()
-
-
-def read_out(hidden: Tensor, head: nn.Module, bias: Tensor | None = None) -> Tensor:
-    """(…, D) -> (…, V): hidden states through a head without a bias of its own, a Linear or an Embedding, in codes or not."""
-    if isinstance(head, QuantizedLinear | QuantizedEmbedding):
-        if head.product is not None and not torch.is_grad_enabled() and hidden.device.type == "cpu":
-            return head.product(hidden) if bias is None else head.product(hidden) + bias
-        return F.linear(hidden, head.dequantized(hidden.dtype), bias)
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    return F.linear(hidden, weight, bias)
 
 
 class QuantizedStack(nn.Module):
@@ -256,7 +231,7 @@ def linears(model: nn.Module, *, everywhere: bool = False) -> dict[str, nn.Modul
 
 def count_weights(model: nn.Module) -> int:
     """Parameters, and those that are kept in codes."""
-    kept = [module.kept for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)]
+    kept = [module.kept for module in model.modules() if isinstance(module, Quantized)]
     return sum(parameter.numel() for parameter in model.parameters()) + sum(math.prod(codes.shape) for codes in kept)
 
 

@@ -14,7 +14,7 @@ Shapes: O outputs, I inputs (whole groups), R rows, N inputs of calibration.
 import torch
 from torch import Tensor
 
-from ownlm.models.quantize import GROUP, LIMITS, Codes, Scheme, as_half, in_groups, packed, rounded
+from ownlm.quantization.codes import GROUP, LIMITS, Codes, Scheme, as_half, in_groups, packed, rounded
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 # Where the number farthest from zero lands, in units of the scale: on both sides of zero, for -8 is there and 8 is not.

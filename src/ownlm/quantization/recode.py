@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ownlm.formats.ggml import DECODERS, WHOLE, Blocks
-from ownlm.models.quantize import GROUP, Codes, Scheme, empty, quantize
+from ownlm.quantization.codes import GROUP, Codes, Scheme, empty, quantize
 
 EXACT = ("Q8_0", "Q4_0", *WHOLE)
 PIECE = 2**20  # numbers in float32 at a time

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ownlm import gguf
+from ownlm.checkpoints.gguf.architectures import ARCHITECTURES, DERIVED, Keys, meaning, pooling
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.ggml import DECODERS, PLAIN, Blocks
 from ownlm.formats.tensorfile import Entry
 from ownlm.models.families.family import Opened, Tensors
-from ownlm.models.gguf.architectures import ARCHITECTURES, DERIVED, Keys, meaning, pooling
 
 
 def open_gguf(path: Path) -> Opened:

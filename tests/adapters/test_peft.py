@@ -13,12 +13,12 @@ from references import CONFIGS, difference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.test_adapters import IDS, logits, loud
 from models import seq2seq, test_vision
-from models.test_adapters import IDS, logits, loud
+from ownlm.adapters.lora import LoRA, add_lora, merge
+from ownlm.adapters.peft import CONFIG, TENSORS, Names, load_adapter, save_adapter
+from ownlm.checkpoints.weights import load_model
 from ownlm.errors import ArtifactError, NotFound, UserError
-from ownlm.models.adapters import LoRA, add_lora, merge
-from ownlm.models.peft import CONFIG, TENSORS, Names, load_adapter, save_adapter
-from ownlm.models.weights import load_model
 
 BAR = 1e-5
 # family -> modules of its files that a PEFT adapter would target, with their (outputs, inputs)

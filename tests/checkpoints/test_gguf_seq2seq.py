@@ -18,10 +18,10 @@ from gguf_cases import DISTANCE, T5S
 from references import difference
 
 from ownlm import gguf
+from ownlm.checkpoints.gguf.write import QUANTIZATIONS, Described, describe
+from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import UserError
 from ownlm.formats.tensorfile import read_header
-from ownlm.models.gguf.write import QUANTIZATIONS, Described, describe
-from ownlm.models.weights import load_model, save_model
 
 SOURCE = torch.randint(0, 97, (2, 160), generator=torch.Generator().manual_seed(1))
 WRITTEN = torch.randint(0, 97, (2, 150), generator=torch.Generator().manual_seed(2))

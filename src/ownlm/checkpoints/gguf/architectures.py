@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ownlm import gguf
+from ownlm.checkpoints.gguf import names
+from ownlm.checkpoints.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
 from ownlm.models.families import FAMILIES, Family, from_hf
-from ownlm.models.gguf import names
-from ownlm.models.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisors_of
 from ownlm.models.names import Table, fixed
 from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary

@@ -9,15 +9,15 @@ from references import CONFIGS, save
 from test_coded import made
 from torch import Tensor
 
+from ownlm.checkpoints.unread import Unread, open_unread
+from ownlm.checkpoints.weights import load_model, save_codes, save_model
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import DECODERS
 from ownlm.formats.tensorfile import read_header, read_tensors, write_tensors
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
-from ownlm.models.quantize import QuantizedEmbedding, QuantizedLinear
-from ownlm.models.recode import EXACT
-from ownlm.models.unread import Unread, open_unread
-from ownlm.models.weights import load_model, save_codes, save_model
+from ownlm.quantization.codes import QuantizedEmbedding, QuantizedLinear
+from ownlm.quantization.recode import EXACT
 
 IDS = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(1))
 

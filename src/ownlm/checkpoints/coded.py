@@ -9,7 +9,7 @@ The file is the quantised model's own state: opening it is mapping it.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,12 @@ from torch import Tensor
 from ownlm.errors import ArtifactError
 from ownlm.formats.tensorfile import Entry, Mapped
 from ownlm.models.blank import blank
-from ownlm.models.blocks import Block, MoE
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
-from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import from_hf
 from ownlm.models.pooling import read_pooling
-from ownlm.models.quantize import GROUP, Codes, Scheme, empty, linears, plain, quantized
-
-Quantizable: TypeAlias = Decoder | Encoder | EncoderDecoder
+from ownlm.quantization.calibrate import Quantizable, matrices, quantizable
+from ownlm.quantization.codes import GROUP, Codes, Scheme, empty, plain, quantized
 
 SETTINGS = {"quant_method": "ownlm", "group": GROUP}
 SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
@@ -35,32 +32,6 @@ def is_quantised(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json is of such a directory."""
     about = hf.get("quantization_config")
     return isinstance(about, dict) and about.get("quant_method") == SETTINGS["quant_method"]
-
-
-def quantizable(model: Any) -> TypeGuard[Quantizable]:
-    """Decoders that write, encoders with any head or none, encoder-decoders."""
-    return isinstance(model, Encoder | EncoderDecoder) or (isinstance(model, Decoder) and model.task is None)
-
-
-def matrices(model: Quantizable) -> list[str]:
-    """The modules that become codes; routers don't, for the choice among experts is not worth a rounding error, and neither do heads
-    with a few labels."""
-    if not isinstance(model, Decoder):
-        head = isinstance(model, EncoderDecoder) and model.lm_head is not None
-        return ["embed_tokens", *linears(model), *(["lm_head"] if head else [])]
-    blocks = [(f"layers.{index}", block) for index, block in enumerate(model.layers)]
-    inside = [
-        f"{name}.{part}"
-        for name, block in blocks
-        for part, module in block.named_modules()
-        if isinstance(block, Block)
-        and (
-            part == "mlp.experts"
-            if isinstance(block.mlp, MoE) and part.startswith("mlp.")
-            else hasattr(module, "in_features")
-        )
-    ]
-    return ["embed_tokens", *inside, *(["lm_head"] if model.lm_head is not None else [])]
 
 
 def describe(root: Path, hf: Mapping[str, Any], files: Mapping[Path, Mapping[str, Entry]]) -> Quantizable:

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models.test_adapters import IDS, logits, loud, model
-from ownlm.models.adapters import LoRA, add_lora, base_of
-from ownlm.models.quantize import GROUP, NF4, QuantizedLinear, Scheme, linears, quantize, quantize_linears
+from adapters.test_adapters import IDS, logits, loud, model
+from ownlm.adapters.lora import LoRA, add_lora, base_of
+from ownlm.quantization.codes import GROUP, NF4, QuantizedLinear, Scheme, linears, quantize, quantize_linears
 
 # QLoRA, arXiv:2305.14314, appendix E.
 PUBLISHED = [

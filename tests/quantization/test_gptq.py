@@ -6,12 +6,10 @@ import torch
 from references import CONFIGS, make_loud
 from torch import Tensor, nn
 
-from ownlm.models.calibrate import quantize_decoder
-from ownlm.models.coded import matrices
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.gptq import DAMPING, Moments, best_scales, gptq
-from ownlm.models.quantize import (
+from ownlm.quantization.calibrate import matrices, quantize_decoder
+from ownlm.quantization.codes import (
     GROUP,
     LIMITS,
     QuantizedEmbedding,
@@ -24,6 +22,7 @@ from ownlm.models.quantize import (
     quantize,
     rounded,
 )
+from ownlm.quantization.gptq import DAMPING, Moments, best_scales, gptq
 
 SCHEMES: tuple[Scheme, ...] = ("int8", "int4")
 DECODERS = ["gpt2", "llama3", "qwen3-tied", "mixtral", "phi2", "gemma2", "gpt-oss"]
