@@ -78,7 +78,7 @@ def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
         ours, positions = ids[:1], torch.arange(50)[None]
         step = ours
         for _ in range(200):
-            hidden = model(step, positions_BT=positions, cache=cache)
+            hidden = model(step, place=cache.address(positions))
             step = model.logits(hidden[:, -1:]).argmax(-1)
             ours, positions = torch.cat([ours, step], 1), positions[:, -1:] + 1
     assert torch.equal(ours, theirs)

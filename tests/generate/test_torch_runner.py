@@ -6,10 +6,10 @@ from references import CONFIGS, difference
 from test_cache import BAR, alone, loud_decoder, tokens
 from torch import Tensor
 
+from ownlm.generate.paged import position_bytes
 from ownlm.generate.static import Bucket, Steps, bucket_pages, bucket_rows
 from ownlm.generate.torch_runner import Line, TorchRunner, torch_runner
 from ownlm.models.decoder import Decoder
-from ownlm.models.paged import position_bytes
 from ownlm.quantization.codes import quantize_linears
 
 FAMILIES = ["llama3", "gemma3", "gpt2", "gpt-oss", "mixtral", "phi3-longrope"]

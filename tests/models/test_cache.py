@@ -46,9 +46,9 @@ def test_prefill_then_decode(model: Decoder) -> None:
     ids = tokens(2, 150)
     expected = model.logits(model(ids))
     cache = KVCache(model.config, slots=2, max_tokens=150)
-    found = [model(ids[:, :140], cache=cache)]
+    found = [model(ids[:, :140], place=cache.address(torch.arange(140).expand(2, 140)))]
     for at in range(140, 150):
-        found.append(model(ids[:, at : at + 1], positions_BT=torch.full((2, 1), at), cache=cache))
+        found.append(model(ids[:, at : at + 1], place=cache.address(torch.full((2, 1), at))))
     assert difference(model.logits(torch.cat(found, 1)), expected) <= BAR
 
 
@@ -57,7 +57,7 @@ def test_one_row_decodes(model: Decoder) -> None:
     ids = tokens(1, 20)
     expected = model.logits(model(ids))
     cache = KVCache(model.config, slots=1, max_tokens=20)
-    found = [model(ids[:, at : at + 1], positions_BT=torch.tensor([[at]]), cache=cache) for at in range(20)]
+    found = [model(ids[:, at : at + 1], place=cache.address(torch.tensor([[at]]))) for at in range(20)]
     assert difference(model.logits(torch.cat(found, 1)), expected) <= BAR
 
 
@@ -67,8 +67,7 @@ def test_chunked_prefill_beyond_a_tile(model: Decoder) -> None:
     expected = model.logits(model(ids))
     cache = KVCache(model.config, slots=1, max_tokens=200)
     chunks = [
-        model(ids[:, a:b], positions_BT=torch.arange(a, b)[None], cache=cache)
-        for a, b in ((0, 7), (7, 150), (150, 200))
+        model(ids[:, a:b], place=cache.address(torch.arange(a, b)[None])) for a, b in ((0, 7), (7, 150), (150, 200))
     ]
     assert difference(model.logits(torch.cat(chunks, 1)), expected) <= BAR
 
@@ -98,7 +97,7 @@ def test_any_schedule_equals_one_by_one(schedule: list[list[int]], order: list[i
             for row, count in enumerate(call):
                 batch[row, :count] = ids[row, done[row] : done[row] + count]
                 positions[row, :count] = torch.arange(done[row], done[row] + count)
-            logits = model.logits(model(batch, positions_BT=positions, cache=cache, slots=slots))
+            logits = model.logits(model(batch, place=cache.address(positions, slots)))
             assert logits.isfinite().all()
             for row, count in enumerate(call):
                 found[row].append(logits[row, :count])
@@ -112,7 +111,7 @@ def test_any_schedule_equals_one_by_one(schedule: list[list[int]], order: list[i
 @torch.inference_mode()
 def test_padding_is_not_kept(model: Decoder) -> None:
     cache = KVCache(model.config, slots=1, max_tokens=8)
-    model(tokens(1, 4), positions_BT=torch.tensor([[0, 1, -1, -1]]), cache=cache)
+    model(tokens(1, 4), place=cache.address(torch.tensor([[0, 1, -1, -1]])))
     assert cache.keys_LNKSd[:, 0, :, :2].abs().min() > 0
     assert not cache.keys_LNKSd[:, 0, :, 2:8].any()
 
@@ -120,7 +119,7 @@ def test_padding_is_not_kept(model: Decoder) -> None:
 def test_a_full_cache_is_noticed(model: Decoder) -> None:
     cache = KVCache(model.config, slots=1, max_tokens=8)
     with torch.inference_mode(), pytest.raises(AssertionError, match="position 8 in a cache of 8"):
-        model(tokens(1, 9), cache=cache)
+        model(tokens(1, 9), place=cache.address(torch.arange(9)[None]))
 
 
 def test_cache_memory(model: Decoder) -> None:

@@ -154,7 +154,7 @@ def test_text_after_images_by_the_cache(checkpoints: Any) -> None:
         for first, last in [(0, 8), (8, 21), *((n, n + 1) for n in range(21, tokens.shape[1]))]:
             given = {"embeds_BTD": embeds[:, first:last]} if first < 21 else {}
             hidden = model.language(
-                tokens[:, first:last], positions_BT=torch.arange(first, last)[None], cache=cache, **given
+                tokens[:, first:last], place=cache.address(torch.arange(first, last)[None]), **given
             )
             out.append(model.logits(hidden))
     assert difference(torch.cat(out, 1), reference) <= BAR

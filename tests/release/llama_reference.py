@@ -73,7 +73,7 @@ def greedy(model: Decoder | EncoderDecoder, prompt: list[int], count: int) -> Gr
         if isinstance(model, EncoderDecoder):
             hidden = model.decode(step, source, cache=cache, start=start)
         else:
-            hidden = model(step, positions_BT=torch.arange(start, start + step.shape[1])[None], cache=cache)
+            hidden = model(step, place=cache.address(torch.arange(start, start + step.shape[1])[None]))
         logits_V = model.logits(hidden[:, -1])[0]
         first, second = logits_V.topk(2).values.tolist()
         margin = min(margin, first - second)

@@ -102,7 +102,7 @@ class TorchStep:
         tokens_BT = torch.randint(self.model.config.vocab_size, (rows, count), generator=self.generator)
         positions_BT = torch.arange(first, first + count).expand(rows, -1)
         began = time.perf_counter()
-        hidden_BTD = self.model(tokens_BT, positions_BT=positions_BT, cache=self.cache, slots=torch.arange(rows))
+        hidden_BTD = self.model(tokens_BT, place=self.cache.address(positions_BT))
         self.model.logits(hidden_BTD[:, -1])
         return time.perf_counter() - began
 

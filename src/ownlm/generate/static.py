@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ownlm.generate.paged import PagedCache
 from ownlm.models.blocks import MoE
 from ownlm.models.decoder import Decoder
-from ownlm.models.paged import PagedCache
 from ownlm.quantization.codes import Quantized
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Bucket:
         """logits_BV of what the tensors hold."""
         tokens_B1, positions_B1, pages_BP = self.given_BP[:, :1], self.given_BP[:, 1:2], self.given_BP[:, 2:]
         address = self.cache.address(positions_B1, pages_BP, long=self.long)
-        hidden_B1D = self.model(tokens_B1, positions_BT=positions_B1, paged=address)
+        hidden_B1D = self.model(tokens_B1, place=address)
         return self.model.logits(hidden_B1D[:, 0]).float()
 
     def capture(self, memory: Any) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ownlm.adapters.lora import Learned, beside
+from ownlm.generate.paged import PagedCache, position_bytes
 from ownlm.generate.runners import embeds_of
 from ownlm.generate.sequence import Row
 from ownlm.generate.static import Steps
 from ownlm.models.decoder import Decoder
-from ownlm.models.paged import PagedCache, position_bytes
 from ownlm.models.rotary import is_long
 
 PAGE = 32  # positions, where sequences share pages
@@ -135,8 +135,7 @@ class TorchRunner:
         )
         hidden_BTD: Tensor = self.model(
             tokens_BT,
-            positions_BT=positions_BT,
-            paged=address,
+            place=address,
             embeds_BTD=embeds_of(self.model, [line.embeds_TD for line in lines], tokens_BT),
         )
         return hidden_BTD

@@ -15,23 +15,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ownlm.models.attention import Visibility, attend
-from ownlm.models.cache import Address, KVCache
-from ownlm.models.paged import PagedAddress
+from ownlm.models.cache import Place
 from ownlm.models.rotary import rotate
 from ownlm.models.specs import Activation, Attention, Experts, FeedForward, Layer, Norm, Rotary
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window, the place in the cache (one in pages
-    says itself what is seen); scores added by position, and for layers that read another stack's output its keys and values,
-    layer by layer."""
+    """What all layers of one forward share: the rotations (…, 1, d), what is seen in each window or, with a cache, the place in it;
+    scores added by position, and for layers that read another stack's output its keys and values, layer by layer."""
 
     rotations: Mapping[Rotary, tuple[Tensor, Tensor]]
     visibility: Mapping[int | None, Visibility]
-    cache: KVCache | None = None
-    address: Address | None = None
-    paged: PagedAddress | None = None
+    place: Place | None = None
     bias_BHTS: Tensor | None = None
     source: Sequence[tuple[Tensor, Tensor]] = ()
     source_visibility: Visibility | None = None
@@ -145,32 +141,21 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             turn = step.rotations[self.rotary]
             q, k = rotate(q, *turn), rotate(k, *turn)
-        if step.paged is not None:
-            parts = step.paged.cache.update(self.index, step.paged, k, v, self.spec.window)
-            y_BTHd = torch.cat(
-                [self._attend(q[rows], keys, values, visibility) for rows, keys, values, visibility in parts]
-            )
+        if step.place is None:
+            seen = step.visibility[self.spec.window]
+            y_BTHd = self._attend(q, k.transpose(1, 2), v.transpose(1, 2), seen, step.bias_BHTS)
         else:
-            keys, values = k.transpose(1, 2), v.transpose(1, 2)
-            if step.cache is not None and step.address is not None:
-                keys, values = step.cache.update(self.index, step.address, k, v)
-            y_BTHd = self._attend(q, keys, values, step.visibility[self.spec.window], step.bias_BHTS)
+            read = step.place.update(self.index, k, v, self.spec.window)
+            parts = [self._attend(q[rows], keys, values, seen, step.bias_BHTS) for rows, keys, values, seen in read]
+            y_BTHd = parts[0] if len(parts) == 1 else torch.cat(parts)
         out: Tensor = self.o_proj(y_BTHd.flatten(2))
         return out
 
     def _attend(
-        self, q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, visibility: Visibility, bias_BHTS: Tensor | None = None
+        self, q_BTHd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen: Visibility, bias_BHTS: Tensor | None
     ) -> Tensor:
-        return attend(
-            q_BTHd.transpose(1, 2),
-            k_BKSd,
-            v_BKSd,
-            visibility,
-            self.scale,
-            softcap=self.spec.softcap,
-            sinks_H=self.sinks,
-            bias_BHTS=bias_BHTS,
-        )
+        q_BHTd, cap = q_BTHd.transpose(1, 2), self.spec.softcap
+        return attend(q_BHTd, k_BKSd, v_BKSd, seen, self.scale, softcap=cap, sinks_H=self.sinks, bias_BHTS=bias_BHTS)
 
 
 class CrossAttention(nn.Module):

@@ -1,15 +1,16 @@
 """The key/value cache: what earlier tokens left behind, addressed as (slot, position).
 
 A slot is one sequence. Decoding, batched decoding of different lengths and chunked prefill are the same call,
-`model(tokens_BT, positions_BT=…, cache=…, slots=…)`: each token is written at its slot and position, then sees every
-position of its slot up to its own. A token at position -1 is padding: it is not kept, and nobody sees it.
+`model(tokens_BT, place=cache.address(positions_BT, slots_B))`: each token is written at its slot and position, then sees
+every position of its slot up to its own. A token at position -1 is padding: it is not kept, and nobody sees it.
 Shapes: L layers, N slots, K key/value heads, S positions, d head width; B rows, T tokens of this call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,22 @@ from ownlm.models.attention import Visibility, causal, masked
 if TYPE_CHECKING:
     from ownlm.models.decoder import DecoderConfig
     from ownlm.models.encoder_decoder import EncoderDecoderConfig
+
+
+class Place(Protocol):
+    """Where the tokens of one call go in a cache, and what they read of it: worked out once for all layers. `long`: how their positions
+    turn (LongRope); None: as the positions say. generate/paged.py has another."""
+
+    @property
+    def positions_BT(self) -> Tensor: ...
+    @property
+    def long(self) -> bool | None: ...
+    def update(
+        self, layer: int, k_BTKd: Tensor, v_BTKd: Tensor, window: int | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Visibility]]:
+        """Write these tokens' keys and values; then, some rows at a time: which, the keys and values (B, K, S, d) that they read, and
+        what they see of those. Use one before asking for the next."""
+        ...
 
 
 class KVCache:
@@ -48,9 +65,9 @@ class KVCache:
     def memory_bytes(self) -> int:
         return 2 * self.keys_LNKSd.nbytes
 
-    def address(self, positions_BT: Tensor, slots_B: Tensor | None) -> Address:
+    def address(self, positions_BT: Tensor, slots_B: Tensor | None = None) -> Address:
         """Where this call's tokens go; slots None means that row b is slot b."""
-        rows = len(positions_BT)
+        rows, width = positions_BT.shape
         length = int(positions_BT.max()) + 1
         assert length <= self.max_tokens, f"position {length - 1} in a cache of {self.max_tokens}"
         first, consecutive = 0, True
@@ -60,15 +77,9 @@ class KVCache:
         assert first + rows <= self.slots or not consecutive, f"{rows} rows from slot {first} on in {self.slots} slots"
         slots_B = torch.arange(first, first + rows, device=positions_BT.device) if slots_B is None else slots_B
         read = slice(first, first + rows) if consecutive else slots_B
-        return Address(slots_B[:, None], positions_BT, read, max(length, 1))
-
-    def update(self, layer: int, address: Address, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write these tokens' keys and values; return all (B, K, S, d) they may see, a view if slots are in a row."""
-        at = (address.slots_B1, address.positions_BT)
-        keys, values = self.keys_LNKSd[layer], self.values_LNKSd[layer]
-        keys.transpose(1, 2).index_put_(at, k_BTKd)
-        values.transpose(1, 2).index_put_(at, v_BTKd)
-        return keys[address.read][:, :, : address.length], values[address.read][:, :, : address.length]
+        last_T = torch.arange(length - width, length, device=positions_BT.device)
+        aligned = length >= width and bool((positions_BT == last_T).all())
+        return Address(self, positions_BT, slots_B[:, None], read, max(length, 1), aligned)
 
     def reorder(self, slots_B: Tensor, length: int) -> None:
         """Slot b becomes a copy of what slot slots_B[b] was, as far as its first `length` positions (beam search)."""
@@ -76,19 +87,38 @@ class KVCache:
             whole_LNKSd[:, : len(slots_B), :, :length] = whole_LNKSd[:, slots_B, :, :length]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Address:
-    """One call's place in the cache, worked out once for all layers."""
+    """A place in slots. `aligned`: all rows have the same positions, which are their last."""
 
-    slots_B1: Tensor
+    cache: KVCache
     positions_BT: Tensor
+    slots_B1: Tensor
     read: slice | Tensor
     length: int
+    aligned: bool
+    long: None = None
+    seen: dict[int | None, Visibility] = field(default_factory=dict)
+
+    def update(
+        self, layer: int, k_BTKd: Tensor, v_BTKd: Tensor, window: int | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Visibility]]:
+        keys, values = self.cache.keys_LNKSd[layer], self.cache.values_LNKSd[layer]
+        keys.transpose(1, 2).index_put_((self.slots_B1, self.positions_BT), k_BTKd)
+        values.transpose(1, 2).index_put_((self.slots_B1, self.positions_BT), v_BTKd)
+        if window not in self.seen:
+            self.seen[window] = self.visibility(window)
+        yield (
+            slice(None),
+            keys[self.read][:, :, : self.length],
+            values[self.read][:, :, : self.length],
+            self.seen[window],
+        )
 
     def visibility(self, window: int | None) -> Visibility:
         """What these tokens see: their slot's positions up to their own, the last `window` of them."""
-        if self.positions_BT.numel() == 1:
-            return causal(1, self.length, window)
+        if self.aligned:
+            return causal(self.positions_BT.shape[1], self.length, window)
         keys = torch.arange(self.length, device=self.positions_BT.device)
         # Padding sees position 0, so that its softmax has something to sum over.
         own_BT1 = self.positions_BT.clamp(min=0)[:, :, None]

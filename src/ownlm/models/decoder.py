@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ownlm.models.attention import among
 from ownlm.models.blank import blank
 from ownlm.models.blocks import Block, CrossAttention, SelfAttention, Step, make_norm, matrix
-from ownlm.models.cache import KVCache
+from ownlm.models.cache import Place
 from ownlm.models.heads import make_head
-from ownlm.models.paged import PagedAddress
 from ownlm.models.pooling import Pooling
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotation
 from ownlm.models.specs import Attention, FeedForward, Head, Layer, LongRope, Norm, Rotary, Task
@@ -173,26 +172,9 @@ class Decoder(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        embeds_BTD: Tensor | None = None,
-        paged: PagedAddress | None = None,
-    ) -> Tensor:
-        """hidden_BTD, the final norm applied.
-
-        positions_BT: 0 ... T-1 in every row if not given; -1 marks padding, which nobody sees; its own output is noise.
-        documents_BT: a token sees only earlier tokens with its own number (packed training); not with a cache.
-        cache, slots: read and write keys and values; row b is sequence slots[b] (slot b if not given). No gradients.
-        embeds_BTD: stands in for the embedding of the tokens (`embed`), where images are among them.
-        paged: in place of cache and slots: where these positions lie in a cache of pages.
-        """
-        x_BTD, step = self.begin(tokens_BT, positions_BT, documents_BT, cache, slots, embeds_BTD, paged)
+    def forward(self, tokens_BT: Tensor, **where: Any) -> Tensor:
+        """hidden_BTD, the final norm applied. Arguments as for `begin`."""
+        x_BTD, step = self.begin(tokens_BT, **where)
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
         hidden_BTD: Tensor = self.norm(x_BTD)
@@ -201,18 +183,25 @@ class Decoder(nn.Module):
     def begin(
         self,
         tokens_BT: Tensor,
+        *,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        slots: Tensor | None = None,
         embeds_BTD: Tensor | None = None,
-        paged: PagedAddress | None = None,
+        place: Place | None = None,
     ) -> tuple[Tensor, Step]:
-        """What the first layer is given; all layers share the step. Arguments as for `forward`."""
-        step, positions = self._step(tokens_BT, positions_BT, documents_BT, cache, slots, paged)
+        """What the first layer is given; all layers share the step.
+
+        positions_BT: 0 ... T-1 in every row if not given; -1 marks padding, which nobody sees; its own output is noise.
+        documents_BT: a token sees only earlier tokens with its own number (packed training); not with a cache.
+        embeds_BTD: stands in for the embedding of the tokens (`embed`), where images are among them.
+        place: in a cache, where keys and values are written and read; it tells the positions. No gradients.
+        """
+        positions = positions_BT if place is None else place.positions_BT
+        step = self._step(tokens_BT, positions, documents_BT, place)
         x_BTD = self.embed(tokens_BT) if embeds_BTD is None else embeds_BTD
         if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(positions.clamp(min=0))
+            places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) if positions is None else positions
+            x_BTD = x_BTD + self.embed_positions(places.clamp(min=0))
         return x_BTD, step
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -222,29 +211,18 @@ class Decoder(nn.Module):
         return x_BTD if self.config.embed_scale == 1.0 else x_BTD * x_BTD.new_full((), self.config.embed_scale)
 
     def _step(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None,
-        documents_BT: Tensor | None,
-        cache: KVCache | None,
-        slots: Tensor | None,
-        paged: PagedAddress | None,
-    ) -> tuple[Step, Tensor]:
-        rows, width = tokens_BT.shape
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, documents_BT: Tensor | None, place: Place | None
+    ) -> Step:
+        width = tokens_BT.shape[1]
         positions = torch.arange(width, device=tokens_BT.device) if positions_BT is None else positions_BT
-        rotations = self.rotations(positions, self.dtype, None if paged is None else paged.long)
-        if cache is not None or paged is not None:
+        rotations = self.rotations(positions, self.dtype, None if place is None else place.long)
+        if place is not None:
             assert documents_BT is None, "a sequence in a cache is one document"
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"
-        if paged is not None:
-            return Step(rotations, {}, paged=paged), positions
-        if cache is not None:
-            address = cache.address(positions.expand(rows, width), slots)
-            seen = {window: address.visibility(window) for window in self.windows}
-            return Step(rotations, seen, cache, address), positions
+            return Step(rotations, {}, place)
         padding = None if positions_BT is None or int(positions_BT.min()) >= 0 else positions_BT < 0
         seen = {w: among(width, window=w, padding_BT=padding, documents_BT=documents_BT) for w in self.windows}
-        return Step(rotations, seen), positions
+        return Step(rotations, seen)
 
 
 def init_weights(model: M, *, seed: int = 0, zero_output: bool = True, embedding_std: float | None = None) -> M:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ownlm.models.attention import Visibility, among, causal, everything, masked
+from ownlm.models.attention import Visibility, among, everything, masked
 from ownlm.models.blocks import Block, Step, make_norm, matrix, read_out
-from ownlm.models.cache import KVCache
+from ownlm.models.cache import KVCache, Place
 from ownlm.models.specs import Layer, Norm
 
 
@@ -184,19 +184,18 @@ class EncoderDecoder(nn.Module):
         cache, start: row b is slot b, in which `start` tokens stand already. No gradients.
         """
         rows, width = tokens_BT.shape
-        address = None
+        place: Place | None = None
+        seen: dict[int | None, Visibility] = {}
         if cache is None:
-            seen = among(width, padding_BT=None if mask_BT is None else ~mask_BT.bool())
+            seen = {None: among(width, padding_BT=None if mask_BT is None else ~mask_BT.bool())}
         else:
             assert not torch.is_grad_enabled(), "the cache is for inference: call under torch.inference_mode()"
             assert mask_BT is None, "the rows of a cache are aligned and have no padding"
-            places_T = torch.arange(start, start + width, device=tokens_BT.device)
-            address, seen = cache.address(places_T.expand(rows, width), None), causal(width, start + width)
+            place = cache.address(torch.arange(start, start + width, device=tokens_BT.device).expand(rows, width))
         step = Step(
             {},
-            {None: seen},
-            cache,
-            address,
+            seen,
+            place,
             bias_BHTS=self.decoder_bias(start, width),
             source=source.layers,
             source_visibility=source.visibility(width),

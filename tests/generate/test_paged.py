@@ -8,10 +8,11 @@ from references import difference
 from test_cache import BAR, FAMILIES, alone, loud_decoder, tokens
 from torch import Tensor
 
-from ownlm.models import attention, paged
+from ownlm.generate import paged
+from ownlm.generate.paged import PagedCache, position_bytes
+from ownlm.models import attention
 from ownlm.models.attention import causal, fused_attention, masked, plain_attention
 from ownlm.models.decoder import Decoder
-from ownlm.models.paged import PagedCache, position_bytes
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "gemma2", "phi3-longrope"])
@@ -45,7 +46,7 @@ def test_rows_of_different_lengths_in_scattered_pages(model: Decoder, page: int)
             batch[row, :count] = ids[row, done[row] : done[row] + count]
             done[row] += count
         address = cache.address(positions, table[:, : -(-64 // page)], lengths=done, long=False)
-        hidden = model(batch, positions_BT=positions, paged=address)
+        hidden = model(batch, place=address)
         for row, count in enumerate(call):
             found[row].append(model.logits(hidden[row, :count]))
     for row, length in enumerate(lengths):
@@ -58,7 +59,7 @@ def test_neighbouring_rows_of_one_page_are_read_where_they_lie(model: Decoder) -
     ids, positions = tokens(2, 50), torch.arange(50).expand(2, 50)
     pages = torch.tensor([[1], [2]])
     address = cache.address(positions, pages, lengths=[50, 50], first=1, long=False)
-    assert difference(model.logits(model(ids, positions_BT=positions, paged=address)), model.logits(model(ids))) <= BAR
+    assert difference(model.logits(model(ids, place=address)), model.logits(model(ids))) <= BAR
     assert cache.gathered.numel() == 0
 
 
@@ -72,7 +73,7 @@ def test_what_is_gathered_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     ids, positions = tokens(4, 20), torch.arange(20).expand(4, 20)
     address = cache.address(positions, torch.arange(40).view(4, 10), lengths=[20] * 4)
     assert [piece.rows for piece in address.pieces] == [slice(n, n + 1) for n in range(4)]
-    assert difference(model.logits(model(ids, positions_BT=positions, paged=address)), model.logits(model(ids))) <= BAR
+    assert difference(model.logits(model(ids, place=address)), model.logits(model(ids))) <= BAR
     assert cache.gathered.numel() == 2 * 3 * 8 * model.config.kv_shape[0] * model.config.kv_shape[1]
 
 

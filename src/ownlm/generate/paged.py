@@ -2,9 +2,9 @@
 
     page table of a row:  [7, 2, 3]      position 40 of it stands in page 2, place 8 (of 32)
 
-The same call as with slots (cache.py): each token is written at its place, then sees every position of its sequence up to its
+The same call as with slots (models/cache.py): each token is written at its place, then sees every position of its sequence up to its
 own. What it reads (of a window, just the pages it touches) is gathered from its pages into one piece of memory, so that attention is
-the one every model has (attention.py). Where a page holds a whole sequence, the pages of neighbouring rows are read where they are.
+the one every model has. Where a page holds a whole sequence, the pages of neighbouring rows are read where they are.
 A token at position -1 is padding: it is written into a page that belongs to nobody.
 Shapes: L layers, N pages, K key/value heads, s positions of a page, d head width; B rows, T tokens of this call, P pages of a row,
 S positions that are read.
@@ -89,7 +89,7 @@ class PagedCache:
                 Piece(some, positions_BT[some], pages_BP[some], max(lengths[some]), rows == 1)
                 for some in self._together(lengths)
             ]
-        return PagedAddress(self, page_BT, place_BT % self.page, tuple(pieces), long)
+        return PagedAddress(self, positions_BT, page_BT, place_BT % self.page, tuple(pieces), long)
 
     def _together(self, lengths: Sequence[int]) -> Iterator[slice]:
         """Which neighbouring rows are gathered together."""
@@ -101,25 +101,8 @@ class PagedCache:
                 begin, widest = row, -(-length // self.page)
         yield slice(begin, len(lengths))
 
-    def update(
-        self, layer: int, address: PagedAddress, k_BTKd: Tensor, v_BTKd: Tensor, window: int | None
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Visibility]]:
-        """Write these tokens' keys and values; then, some rows at a time: which, the keys and values (B, K, S, d) that they read, and what
-        they see of those. Use one before asking for the next."""
-        both_2NKsd = self.both_L2NKsd[layer]
-        for whole_NKsd, new_BTKd in zip(both_2NKsd, (k_BTKd, v_BTKd), strict=True):
-            whole_NKsd.transpose(1, 2).index_put_((address.page_BT, address.place_BT), new_BTKd)
-        for piece in address.pieces:
-            reading = piece.reading(self, window)
-            if piece.first is not None:
-                found = both_2NKsd[:, piece.first : piece.first + len(piece.positions_BT)]
-            else:
-                found = self._gather(both_2NKsd, reading.index_2BKP)
-            keys, values = found[:, :, :, : reading.length]
-            yield piece.rows, keys, values, reading.visibility
-
-    def _gather(self, both_2NKsd: Tensor, read_2BKP: Tensor) -> Tensor:
-        """(2, B, K, S, d)"""
+    def gather(self, both_2NKsd: Tensor, read_2BKP: Tensor) -> Tensor:
+        """(2, B, K, S, d): the pages of keys and values that `read` counts."""
         shape = (*read_2BKP.shape[:3], -1, self.head_dim)
         pages = both_2NKsd.view(-1, self.page, self.head_dim)
         if pages.device.type != "cpu":
@@ -194,10 +177,26 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedAddress:
-    """One call's place in the cache, worked out once for all layers."""
+    """A place in pages (`Place`)."""
 
     cache: PagedCache
+    positions_BT: Tensor
     page_BT: Tensor
     place_BT: Tensor
     pieces: tuple[Piece, ...]
     long: bool | None
+
+    def update(
+        self, layer: int, k_BTKd: Tensor, v_BTKd: Tensor, window: int | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Visibility]]:
+        both_2NKsd = self.cache.both_L2NKsd[layer]
+        for whole_NKsd, new_BTKd in zip(both_2NKsd, (k_BTKd, v_BTKd), strict=True):
+            whole_NKsd.transpose(1, 2).index_put_((self.page_BT, self.place_BT), new_BTKd)
+        for piece in self.pieces:
+            reading = piece.reading(self.cache, window)
+            if piece.first is not None:
+                found = both_2NKsd[:, piece.first : piece.first + len(piece.positions_BT)]
+            else:
+                found = self.cache.gather(both_2NKsd, reading.index_2BKP)
+            keys, values = found[:, :, :, : reading.length]
+            yield piece.rows, keys, values, reading.visibility
