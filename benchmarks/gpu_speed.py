@@ -24,8 +24,9 @@ from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.generate.engine import Engine
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.torch_runner import torch_runner
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.train.fresh import init_weights
 
 PROMPT = 64
 LLAMA: dict[str, Any] = {

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ownlm import device
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import FAMILIES, from_hf
 from ownlm.report import Reporter
@@ -51,6 +51,7 @@ from ownlm.tokens.examples import (
 )
 from ownlm.tokens.shards import Shard, memory_shard
 from ownlm.tokens.train import build
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import Settings, Work, train, validate
 from ownlm.train.objectives import OBJECTIVES, Distillation, Objective, contrastive, distillation, start_from_teacher
 from ownlm.train.optimizers import Optimizer

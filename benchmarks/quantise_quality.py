@@ -32,7 +32,8 @@ from ownlm.checkpoints.weights import load_model
 from ownlm.kernels.native import NativeDecoder, text_logits
 from ownlm.models.decoder import Decoder
 from ownlm.quantization.calibrate import matrices, quantize_decoder
-from ownlm.quantization.codes import Codes, from_blocks, plain, quantized
+from ownlm.quantization.codes import Codes, plain, quantized
+from ownlm.quantization.recode import from_blocks
 from ownlm.release.quantize import calibration_texts, read, rows, settings
 from ownlm.tokens.codec import Tokenizer
 

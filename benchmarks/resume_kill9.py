@@ -24,13 +24,14 @@ import torch
 
 from ownlm import device
 from ownlm.adapters.lora import LoRA, add_lora
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.quantization.codes import quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, DocumentRows
 from ownlm.tokens.shards import memory_shard
 from ownlm.tokens.train import build
 from ownlm.train import checkpoint
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import Settings, Work, train
 from ownlm.train.objectives import Loss, causal_lm
 from ownlm.train.optimizers import Optimizer

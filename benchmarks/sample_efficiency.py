@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ownlm import device
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.train.cross_entropy import linear_cross_entropy
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import keep_freed_memory
 from ownlm.train.optimizers import Optimizer, Update, orthogonalize
 from ownlm.train.parameters import Parameters

@@ -22,8 +22,9 @@ import torch
 
 from ownlm import device
 from ownlm.checkpoints.weights import load_model, save_model
-from ownlm.models.decoder import Decoder, DecoderConfig, init_weights, uniform
+from ownlm.models.decoder import Decoder, DecoderConfig, uniform
 from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
+from ownlm.train.fresh import init_weights
 
 VOCAB, WIDTH, LAYERS, HEADS, CONTEXT, ROWS = 8_192, 384, 6, 6, 256, 8
 WARMUP = 4

@@ -14,11 +14,11 @@ import pytest
 
 from hub import Hub
 from ownlm import cli
+from ownlm.adapters.tuning import init_normal
 from ownlm.artifact import Workspace
 from ownlm.checkpoints.weights import save_model
 from ownlm.models.families import from_hf
-from ownlm.models.heads import init_normal
-from ownlm.models.pooling import Pooling
+from ownlm.models.heads import Pooling
 from tiny import tiny_model, tiny_tokenizer
 
 PAGES = Path(__file__).parents[1] / "docs" / "how-to"

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ownlm.adapters.tuning import with_head
+from ownlm.adapters.tuning import init_normal, with_head
 from ownlm.checkpoints.weights import save_model
 from ownlm.cli import main
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.models.families import from_hf
-from ownlm.models.heads import init_normal
 from tiny import tiny_model, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]

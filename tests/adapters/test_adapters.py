@@ -18,9 +18,10 @@ from ownlm.adapters.lora import (
 )
 from ownlm.errors import UserError
 from ownlm.models.blocks import project
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.quantization.codes import quantize_linears
+from ownlm.train.fresh import init_weights
 
 IDS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
 

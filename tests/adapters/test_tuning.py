@@ -22,8 +22,9 @@ from transformers import (
 from ownlm.adapters.tuning import with_head
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import UserError
-from ownlm.models.decoder import Decoder, init_weights, uniform
+from ownlm.models.decoder import Decoder, uniform
 from ownlm.models.specs import Attention, FeedForward, Problem, Rotary, Task
+from ownlm.train.fresh import init_weights
 
 BAR = 1e-5
 NAMES = ("person", "place", "thing", "none")

@@ -26,9 +26,10 @@ from ownlm.checkpoints.gguf.write import QUANTIZATIONS, Described, describe
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.tensorfile import read_header
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
-from ownlm.models.pooling import Pooling
+from ownlm.models.heads import Pooling
+from ownlm.train.fresh import init_weights
 
 IDS = torch.randint(0, 97, (2, 160), generator=torch.Generator().manual_seed(1))
 

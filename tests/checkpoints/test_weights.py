@@ -19,9 +19,10 @@ from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ArtifactError, NotFound, UserError
 from ownlm.formats.tensorfile import read_header, write_tensors
 from ownlm.models.cache import KVCache
-from ownlm.models.decoder import Decoder, init_weights, uniform
+from ownlm.models.decoder import Decoder, uniform
 from ownlm.models.families import family_of, from_hf, to_hf
 from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
+from ownlm.train.fresh import init_weights
 
 BAR = 1e-5
 PARTS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
 
-from ownlm.adapters.tuning import with_head
+from ownlm.adapters.tuning import init_normal, with_head
 from ownlm.artifact import Workspace
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.errors import ContextTooLong, UserError
@@ -21,8 +21,7 @@ from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.models.encoder import Encoder
 from ownlm.models.families import from_hf
-from ownlm.models.heads import init_normal
-from ownlm.models.pooling import Pooling
+from ownlm.models.heads import Pooling
 from ownlm.tokens.codec import Tokenizer
 from tiny import tiny_model, tiny_tokenizer
 

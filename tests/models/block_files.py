@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ownlm import gguf
 from ownlm.checkpoints.gguf.write import QUANTIZATIONS, describe
 from ownlm.formats.ggml_encode import ENCODERS, quantize
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.train.fresh import init_weights
 
 # Widths of whole blocks of 256, heads of whole lanes.
 WIDE = {

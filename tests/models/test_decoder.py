@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from ownlm.models.decoder import Decoder, count_parameters, flops_per_token, init_weights, uniform
+from ownlm.models.decoder import Decoder, count_parameters, uniform
 from ownlm.models.specs import Attention, FeedForward, Norm, Rotary
+from ownlm.train.fresh import init_weights
+from ownlm.train.plan import flops_per_token
 
 ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
 PARTS: dict[str, Any] = {

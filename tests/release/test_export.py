@@ -21,10 +21,11 @@ from ownlm.adapters.peft import save_adapter
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.cli import main
 from ownlm.errors import NotFound, UserError
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
+from ownlm.train.fresh import init_weights
 from tiny import tiny_model
 
 TOKENIZER = Path(__file__).parents[3] / "shared" / "vectors" / "torchtitan"

@@ -28,13 +28,14 @@ from ownlm.checkpoints.unread import open_unread
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.kernels import library
 from ownlm.kernels.native import NativeDecoder, text_logits
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.release.compare import TEXT
 from ownlm.release.export import export
 from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf import from_gguf
 from ownlm.tokens.gguf_write import PROBES, to_gguf
+from ownlm.train.fresh import init_weights
 
 PYTHON = os.environ.get("OWNLM_LLAMA_PYTHON", "")
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors"

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import ownlm
+from ownlm.adapters.tuning import init_normal
 from ownlm.artifact import Artifact, Workspace
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.cli import main
 from ownlm.errors import UserError
 from ownlm.kernels import library
 from ownlm.models.families import from_hf
-from ownlm.models.heads import init_normal
 from ownlm.pipeline import run_stage
 from ownlm.quantization.codes import QuantizedLinear
 from ownlm.records import Conversation, Document, Message, write_jsonl

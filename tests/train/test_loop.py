@@ -8,13 +8,14 @@ import torch
 
 from ownlm.adapters.lora import LoRA, add_lora
 from ownlm.errors import Busy, Interrupted, UserError
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
 from ownlm.quantization.codes import Scheme, quantize_linears
 from ownlm.report import Reporter
 from ownlm.tokens.batches import Batch, Batches, ConversationRows, DocumentRows, validation_documents
 from ownlm.tokens.shards import memory_shard
 from ownlm.tokens.train import build
 from ownlm.train import checkpoint
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import Outcome, Settings, Work, train, validate
 from ownlm.train.objectives import Loss, causal_lm
 from ownlm.train.optimizers import Optimizer

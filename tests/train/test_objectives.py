@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ownlm.checkpoints.weights import save_model
-from ownlm.models.decoder import Decoder, init_weights, uniform
+from ownlm.models.decoder import Decoder, uniform
 from ownlm.models.families import FAMILIES, from_hf
 from ownlm.models.specs import Attention, FeedForward, Rotary
 from ownlm.tokens.batches import UNTRAINED, Batch
@@ -28,6 +28,7 @@ from ownlm.tokens.examples import (
 )
 from ownlm.train import objectives
 from ownlm.train.divergence import Output, linear_divergence
+from ownlm.train.fresh import init_weights
 from ownlm.train.objectives import OBJECTIVES, Distillation, Loss, distillation
 
 V, B, T = 60, 3, 14

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ownlm.models.decoder import Decoder, init_weights
+from ownlm.models.decoder import Decoder
+from ownlm.train.fresh import init_weights
 from ownlm.train.optimizers import Optimizer, Update, orthogonalize
 from ownlm.train.parameters import Parameters
 from ownlm.train.schedule import Schedule, factor

@@ -17,7 +17,6 @@ from ownlm.artifact import Workspace
 from ownlm.checkpoints.weights import load_model
 from ownlm.errors import Interrupted, RecipeError, UserError
 from ownlm.lineage import lineage
-from ownlm.models.decoder import init_weights
 from ownlm.models.families import from_hf
 from ownlm.pipeline import Recipe, fill_names, read_recipe, recipe_path, run_all
 from ownlm.report import Reporter
@@ -26,6 +25,7 @@ from ownlm.tokens.corrupt import MaskedLM, PermutationLM, SpanCorruption, marks
 from ownlm.tokens.examples import MaskedBatch, corrupted
 from ownlm.tokens.shards import memory_shard
 from ownlm.tokens.train import TokenizerRecipe, build, train_tokenizer
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import Settings, Work, train
 from ownlm.train.objectives import Distillation, Loss, masked_lm
 from ownlm.train.optimizers import Optimizer

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ownlm.adapters.lora import LoRA
+from ownlm.adapters.tuning import init_normal
 from ownlm.artifact import Workspace
 from ownlm.checkpoints.weights import save_model
 from ownlm.documents.collect import DocumentsRecipe, FolderSource, collect
@@ -18,7 +19,6 @@ from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.reading import Found, joined_entities
 from ownlm.models.families import from_hf
-from ownlm.models.heads import init_normal
 from ownlm.records import Labelled, Tagged, read_jsonl
 from ownlm.report import Reporter
 from ownlm.tokens.framing import first_tokens, joined

@@ -1,11 +1,12 @@
 """A loaded model with another head: a fresh one, to be fine-tuned for another task, or the one that an adapter brings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ownlm.adapters import peft
 from ownlm.errors import UserError
@@ -13,7 +14,6 @@ from ownlm.formats.settings import read_json
 from ownlm.formats.tensorfile import read_header
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.heads import TOLD, headed
-from ownlm.models.heads import init_normal
 from ownlm.models.names import stored_tensors
 from ownlm.models.specs import Head, Problem, Task
 
@@ -84,6 +84,17 @@ def _untold(model: Any, folder: Path, hf: Mapping[str, Any]) -> Head | None:
         return held
     fresh: Head = config.head
     return replace(fresh, labels=() if task == "span" else tuple(f"LABEL_{index}" for index in range(rows[0])))
+
+
+def init_normal(parameters: Iterable[tuple[str, nn.Parameter]], *, seed: int = 0, std: float = 0.02) -> None:
+    """Fresh weights as BERT's began: matrices normal with `std`, norms one, biases zero (arXiv:1810.04805)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in parameters:
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def bare(name: str, family: Family) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ownlm.checkpoints.pooling import read_pooling
 from ownlm.errors import ArtifactError
 from ownlm.formats.tensorfile import Entry, Mapped
 from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
 from ownlm.models.families import from_hf
-from ownlm.models.pooling import read_pooling
 from ownlm.quantization.calibrate import Quantizable, matrices, quantizable
 from ownlm.quantization.codes import GROUP, Codes, Scheme, empty, plain, quantized
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ownlm.checkpoints import coded, shards
 from ownlm.checkpoints.gguf.read import open_gguf
+from ownlm.checkpoints.pooling import read_pooling, write_pooling
 from ownlm.checkpoints.shards import Shard
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json, write_json
@@ -25,7 +26,6 @@ from ownlm.models.blank import blank
 from ownlm.models.families import FAMILIES, Family, from_hf, to_hf
 from ownlm.models.families.family import Opened
 from ownlm.models.names import Stored, renamed, stored_tensors
-from ownlm.models.pooling import read_pooling, write_pooling
 from ownlm.quantization.calibrate import Quantizable
 
 SHARD_BYTES = 5_000_000_000

@@ -39,7 +39,7 @@ from ownlm.kernels import native
 from ownlm.kernels.sources import WeightsState, weights_state
 from ownlm.models.decoder import Decoder
 from ownlm.models.encoder import Encoder
-from ownlm.models.pooling import Pooling, pool
+from ownlm.models.heads import Pooling, pool
 from ownlm.quantization.codes import count_weights
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer

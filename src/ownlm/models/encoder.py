@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import among
-from ownlm.models.blocks import Block, Step, make_norm, matrix, read_out
+from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.heads import MaskedLMHead, Pooler, make_head
-from ownlm.models.pooling import Pooling
-from ownlm.models.specs import Head, Layer, Norm, Task
+from ownlm.models.skeleton import Skeleton
+from ownlm.models.specs import Head, Layer, Norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +43,13 @@ class EncoderConfig:
         return len(self.layers)
 
 
-class Encoder(nn.Module):
-    """`model(tokens_BT)` gives hidden states; `logits` (masked LM) or `head` (the other tasks) read them.
+class Encoder(Skeleton):
+    """`model(tokens_BT)` gives hidden states; `logits` (masked LM) or `head` (the other tasks) read them."""
 
-    `hf` is the config.json it came with and `pooling` how its files want a text's vector made; both are written back when
-    the model is saved.
-    """
+    config: EncoderConfig
 
     def __init__(self, config: EncoderConfig, hf: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.config, self.hf = config, hf
-        self.pooling: Pooling | None = None
+        super().__init__(config, hf)
         D = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_positions = nn.Embedding(config.first_position + config.max_tokens, D)
@@ -62,40 +58,21 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(D, layer, index) for index, layer in enumerate(config.layers))
         self.pooler = Pooler(D) if config.pooler else None
         self.next_sentence = nn.Linear(D, 2) if config.next_sentence else None
-        self.head = None if config.head is None else make_head(D, config.vocab_size, config.head, config.norm)
+        if config.head is not None:
+            self.head = make_head(D, config.vocab_size, config.head, config.norm)
 
     @property
-    def task(self) -> Task | None:
-        """What its head does; None for a bare model."""
-        return None if self.config.head is None else self.config.head.task
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed_positions.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in; its weights may be kept in less."""
-        return self.embed_positions.weight.dtype
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D): the embedding itself; head_input(hidden) @ head_weight.T + head_bias are the logits."""
-        return matrix(self.embed_tokens, self.dtype)
+    def numbers(self) -> Tensor:
+        return self.embed_positions.weight
 
     @property
     def head_bias(self) -> Tensor | None:
         return self.head.bias if isinstance(self.head, MaskedLMHead) else None
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the embedding multiplies."""
         assert isinstance(self.head, MaskedLMHead), f"a masked-LM head is needed, this one is {self.task}"
         out: Tensor = self.head(hidden)
         return out
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in fp32: which token stands at each place."""
-        return read_out(self.head_input(hidden), self.embed_tokens, self.head_bias).float()
 
     def follows(self, hidden_BTD: Tensor) -> Tensor:
         """(B, 2): that the second text follows the first, and that it doesn't (BERT's next-sentence head)."""

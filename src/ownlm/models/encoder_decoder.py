@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ownlm.models.attention import Visibility, among, everything, masked
-from ownlm.models.blocks import Block, Step, make_norm, matrix, read_out
+from ownlm.models.blocks import Block, Step, make_norm
 from ownlm.models.cache import KVCache, Place
+from ownlm.models.skeleton import Skeleton
 from ownlm.models.specs import Layer, Norm
 
 
@@ -107,15 +108,13 @@ class Source:
         return masked(~self.mask_BS[:, None].expand(-1, queries, -1))
 
 
-class EncoderDecoder(nn.Module):
-    """`model(tokens_BS, decoder_tokens_BT)` gives the decoder's hidden states, `model.logits(hidden)` their next-token logits.
+class EncoderDecoder(Skeleton):
+    """`model(tokens_BS, decoder_tokens_BT)` gives the decoder's hidden states, `model.logits(hidden)` their next-token logits."""
 
-    `hf` is the config.json it came with, which is written back when the model is saved.
-    """
+    config: EncoderDecoderConfig
 
     def __init__(self, config: EncoderDecoderConfig, hf: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.config, self.hf = config, hf
+        super().__init__(config, hf)
         D, heads = config.hidden_size, config.layers[0].attention.num_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.encoder = nn.ModuleList(Block(D, layer, index) for index, layer in enumerate(config.encoder))
@@ -124,34 +123,12 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(Block(D, layer, index, cross=True) for index, layer in enumerate(config.layers))
         self.decoder_bias = RelativeBias(config, heads, both_ways=False)
         self.norm = make_norm(D, config.norm)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(D, config.vocab_size, bias=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
 
     @property
-    def device(self) -> torch.device:
-        return self.decoder_bias.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in; its weights may be kept in less."""
-        return self.decoder_bias.weight.dtype
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D): head_input(hidden) @ head_weight.T are the logits; the embedding itself when tied. Made on the spot where it is
-        kept in codes."""
-        return matrix(self.embed_tokens if self.lm_head is None else self.lm_head, self.dtype)
-
-    @property
-    def head_bias(self) -> None:
-        return None
-
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """What the head multiplies: hidden states, scaled."""
-        return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        return read_out(self.head_input(hidden), self.embed_tokens if self.lm_head is None else self.lm_head).float()
+    def numbers(self) -> Tensor:
+        return self.decoder_bias.weight
 
     def encode(self, tokens_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         """memory_BSD, the encoder's final norm applied. `mask_BS` is True where a token is none of the padding."""

@@ -6,14 +6,18 @@
 Shapes: B texts, T tokens, D hidden, L labels, V vocabulary. `mask_BT` is True for real tokens; None: all are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ownlm.models.blocks import ACTIVATIONS, make_norm
 from ownlm.models.specs import Activation, Head, Norm
+
+PoolingKind = Literal["mean", "cls", "last"]
 
 
 class MaskedLMHead(nn.Module):
@@ -106,12 +110,27 @@ def last_token(hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     return hidden_BTD[torch.arange(len(hidden_BTD), device=mask_BT.device), places.argmax(1)]
 
 
-def init_normal(parameters: Iterable[tuple[str, nn.Parameter]], *, seed: int = 0, std: float = 0.02) -> None:
-    """Fresh weights as BERT's began: matrices normal with `std`, norms one, biases zero (arXiv:1810.04805)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in parameters:
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """How a text's vector is made: the mean of its tokens, its first or its last one; scaled to length 1 or not."""
+
+    kind: PoolingKind = "mean"
+    normalize: bool = True
+
+
+def pool(
+    hidden_BTD: Tensor, mask_BT: Tensor | None = None, *, kind: PoolingKind = "mean", normalize: bool = True
+) -> Tensor:
+    """(B, D) float32; `mask_BT` is True for real tokens, None: all are."""
+    hidden_BTD = hidden_BTD.float()
+    if kind == "cls":
+        x_BD = hidden_BTD[:, 0] if mask_BT is None else hidden_BTD[range(len(mask_BT)), mask_BT.int().argmax(1)]
+    elif kind == "last":
+        x_BD = last_token(hidden_BTD, mask_BT)
+    elif mask_BT is None:
+        x_BD = hidden_BTD.mean(1)
+    else:
+        # Not a product with the mask: noise at padding may be infinite.
+        total_BD = hidden_BTD.masked_fill(~mask_BT[..., None], 0.0).sum(1)
+        x_BD = total_BD / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    return F.normalize(x_BD, dim=-1) if normalize else x_BD

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ownlm.models.attention import attend, everything
 from ownlm.models.blocks import MLP, make_norm, project
 from ownlm.models.heads import make_head
-from ownlm.models.specs import Head, Layer, Task
+from ownlm.models.skeleton import Skeleton
+from ownlm.models.specs import Head, Layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,46 +140,27 @@ class TwoStreamBlock(nn.Module):
         return out
 
 
-class TwoStream(nn.Module):
-    """`model(tokens_BT)` gives hidden states; `logits` (language model) or `head` (of a task) read them.
+class TwoStream(Skeleton):
+    """`model(tokens_BT)` gives hidden states; `logits` (language model) or `head` (of a task) read them."""
 
-    `hf` is the config.json it came with, which is written back when the model is saved.
-    """
+    config: TwoStreamConfig
 
     def __init__(self, config: TwoStreamConfig, hf: Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self.config, self.hf = config, hf
+        super().__init__(config, hf)
         D = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_mask = nn.Parameter(torch.zeros(1, 1, D))
         self.layers = nn.ModuleList(TwoStreamBlock(D, layer) for layer in config.layers)
-        untied = config.lm_head and not config.tie_embeddings
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False) if untied else None
-        self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.lm_head else None
-        norm = config.layers[0].norm
-        self.head = None if config.head is None else make_head(D, config.vocab_size, config.head, norm)
+        if config.lm_head and not config.tie_embeddings:
+            self.lm_head = nn.Linear(D, config.vocab_size)
+        elif config.lm_head:
+            self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if config.head is not None:
+            self.head = make_head(D, config.vocab_size, config.head, config.layers[0].norm)
 
     @property
-    def task(self) -> Task | None:
-        """What its head does; None for a language model."""
-        return None if self.config.head is None else self.config.head.task
-
-    @property
-    def head_weight(self) -> Tensor:
-        """(V, D): hidden @ head_weight.T + head_bias are the logits; the embedding itself when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    @property
-    def head_bias(self) -> Tensor | None:
-        return self.lm_head_bias
-
-    def head_input(self, hidden: Tensor) -> Tensor:
-        """What the head multiplies."""
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        return nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
+    def numbers(self) -> Tensor:
+        return self.embed_mask
 
     def forward(self, tokens_BT: Tensor, **others: Any) -> Tensor:
         """hidden_BTD of the content stream; where targets are given, hidden_BKD of the query stream. Arguments as in `remember`."""

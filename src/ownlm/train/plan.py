@@ -22,10 +22,11 @@ import torch
 from ownlm import device
 from ownlm.artifact import Workspace
 from ownlm.errors import UserError
-from ownlm.models.decoder import Decoder, count_parameters, flops_per_token, init_weights
+from ownlm.models.decoder import Decoder, DecoderConfig, count_parameters
 from ownlm.report import Reporter, duration, quantity, size
 from ownlm.storage import storage
 from ownlm.tokens.batches import Batch
+from ownlm.train.fresh import init_weights
 from ownlm.train.loop import keep_freed_memory
 from ownlm.train.objectives import causal_lm
 from ownlm.train.optimizers import Optimizer, Update
@@ -388,3 +389,20 @@ def _left(seconds: float | None, before: Mapping[str, float], after: Mapping[str
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def flops_per_token(config: DecoderConfig, context: int) -> float:
+    """Floating-point operations of one trained token, forward and backward, at a context of `context` tokens.
+
+    6 per weight in a matrix product, and for attention 6 H d context per layer: two products of 2 H d per visible key,
+    three times (forward, both gradients), with half the context visible on average (arXiv:2204.02311 appendix B counts
+    all of it as visible). Inference takes a third.
+    """
+    D, matrices, attention = config.hidden_size, config.hidden_size * config.vocab_size, 0
+    for layer in config.layers:
+        a, mlp = layer.attention, layer.mlp
+        matrices += D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+        used = 1 if mlp.experts is None else mlp.experts.per_token
+        matrices += used * D * mlp.size * (3 if mlp.gated else 2)
+        attention += a.num_heads * a.head_dim * min(context, 2 * (a.window or context))
+    return 6.0 * matrices + 6.0 * attention

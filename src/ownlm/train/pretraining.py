@@ -20,7 +20,7 @@ from ownlm import device
 from ownlm.artifact import Artifact
 from ownlm.checkpoints.weights import load_model
 from ownlm.errors import UserError
-from ownlm.models.decoder import Decoder, DecoderConfig, init_weights
+from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.encoder import Encoder
 from ownlm.models.encoder_decoder import EncoderDecoder
 from ownlm.models.families import FAMILIES, from_hf
@@ -32,6 +32,7 @@ from ownlm.tokens.corrupt import MaskedLM, PermutationLM, SpanCorruption, marks
 from ownlm.tokens.examples import Corruption, Made, corrupted, text_length, validation_corrupted
 from ownlm.tokens.gguf import tokenizer_of
 from ownlm.tokens.shards import Shard, open_shard
+from ownlm.train.fresh import init_weights
 from ownlm.train.objectives import OBJECTIVES, Distillation, Objective, distillation, start_from_teacher
 
 

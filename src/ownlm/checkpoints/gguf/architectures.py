@@ -23,8 +23,8 @@ from ownlm.checkpoints.gguf.keys import DIVISORS, LONG, POOLINGS, SHORT, divisor
 from ownlm.errors import ArtifactError
 from ownlm.formats.ggml import Blocks
 from ownlm.models.families import FAMILIES, Family, from_hf
+from ownlm.models.heads import Pooling
 from ownlm.models.names import Table, fixed
-from ownlm.models.pooling import Pooling
 from ownlm.models.specs import Llama3Scaling, Rotary
 
 LARGEST = 2**31

@@ -14,7 +14,7 @@ from ownlm import gguf
 from ownlm.models.decoder import DecoderConfig
 from ownlm.models.encoder import EncoderConfig
 from ownlm.models.encoder_decoder import EncoderDecoderConfig
-from ownlm.models.pooling import Pooling, PoolingKind
+from ownlm.models.heads import Pooling, PoolingKind
 from ownlm.models.rotary import frequencies, rotated_dims
 from ownlm.models.specs import LinearScaling, Llama3Scaling, LongRope, Rotary, YarnScaling
 

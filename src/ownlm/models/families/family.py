@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.tensorfile import Entry
 from ownlm.models.families.fields import Fields
+from ownlm.models.heads import Pooling
 from ownlm.models.names import Table
-from ownlm.models.pooling import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

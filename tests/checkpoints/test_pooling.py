@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ownlm.checkpoints.pooling import read_pooling, write_pooling
 from ownlm.errors import UserError
-from ownlm.models.pooling import Pooling, PoolingKind, pool, read_pooling, write_pooling
+from ownlm.models.heads import Pooling, PoolingKind, pool
 
 HIDDEN = torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(0))
 LENGTHS = (9, 5, 2, 1)

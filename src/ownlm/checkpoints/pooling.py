@@ -1,49 +1,15 @@
-"""One vector of a text from its hidden states, and the files in which sentence-transformers says how.
-
-Shapes: B texts, T tokens, D hidden.
-"""
+"""The files in which sentence-transformers says how one vector is made of a text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Any
 
 from ownlm.errors import UserError
 from ownlm.formats.settings import read_json, read_value, write_json
-from ownlm.models.heads import last_token
+from ownlm.models.heads import Pooling, PoolingKind
 
-PoolingKind = Literal["mean", "cls", "last"]
 MODES: dict[str, PoolingKind] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 MODULES, FOLDER = "modules.json", "1_Pooling"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pooling:
-    """How a text's vector is made: the mean of its tokens, its first or its last one; scaled to length 1 or not."""
-
-    kind: PoolingKind = "mean"
-    normalize: bool = True
-
-
-def pool(
-    hidden_BTD: Tensor, mask_BT: Tensor | None = None, *, kind: PoolingKind = "mean", normalize: bool = True
-) -> Tensor:
-    """(B, D) float32; `mask_BT` is True for real tokens, None: all are."""
-    hidden_BTD = hidden_BTD.float()
-    if kind == "cls":
-        x_BD = hidden_BTD[:, 0] if mask_BT is None else hidden_BTD[range(len(mask_BT)), mask_BT.int().argmax(1)]
-    elif kind == "last":
-        x_BD = last_token(hidden_BTD, mask_BT)
-    elif mask_BT is None:
-        x_BD = hidden_BTD.mean(1)
-    else:
-        # Not a product with the mask: noise at padding may be infinite.
-        total_BD = hidden_BTD.masked_fill(~mask_BT[..., None], 0.0).sum(1)
-        x_BD = total_BD / mask_BT.sum(1, keepdim=True).clamp(min=1)
-    return F.normalize(x_BD, dim=-1) if normalize else x_BD
 
 
 def read_pooling(directory: Path) -> Pooling | None:
