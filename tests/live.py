@@ -62,7 +62,7 @@ def slow(model: Model, seconds: float) -> Model:
         runner = make(decoder, slots)
         run = runner.run
 
-        def delayed(rows: Sequence[Row]) -> list[torch.Tensor]:
+        def delayed(rows: Sequence[Row]) -> torch.Tensor:
             time.sleep(seconds)
             return [logits.index_fill(-1, torch.tensor(stops), -1e4) for logits in run(rows)]
 

@@ -115,7 +115,7 @@ def test_beams_share_the_pages_of_what_they_have_in_common(pairs: Callable[[str]
     made, read, most = engine(model, "native"), 0, 0
     inner = made.runner.run
 
-    def counted(rows: Sequence[Row]) -> list[torch.Tensor]:
+    def counted(rows: Sequence[Row]) -> torch.Tensor:
         nonlocal read, most
         read += sum(len(row.tokens) for row in rows)
         most = max(most, sum(users > 0 for users in made.pool.users))

@@ -153,7 +153,7 @@ def test_a_long_prompt_is_read_in_pieces_that_stop_between_layers() -> None:
     layers: list[range] = []
     plain, writer = engine.runner.run, engine.add([65], Sampling(max_tokens=120, stop_ids=frozenset()))
 
-    def watched(rows: list[Row]) -> list[torch.Tensor]:
+    def watched(rows: list[Row]) -> torch.Tensor:
         layers.extend(row.layers for row in rows if row.layers is not None)
         return plain(rows)
 

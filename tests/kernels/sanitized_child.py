@@ -103,7 +103,7 @@ def main(instruction_set: str, overrun: bool) -> None:
                 given = replace(given, adapter_R=chosen, adapters=adapters)
                 logits_WV = native.step(cache, given)
                 assert logits_WV.isfinite().all(), (name, native.kind)
-                choose.choose(logits_WV, [0.0, 0.7], [0.0, 0.999999])
+                choose.choose(logits_WV, [0, 1], [0.0, 0.7], [0.0, 0.999999])
     library.instruction_set = lambda: instruction_set
     layers()
 

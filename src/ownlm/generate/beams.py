@@ -201,7 +201,8 @@ def _step(engine: Engine, groups: Sequence[Group]) -> list[Group]:
                 assert more is not None, "admitted within the pages that there are"
                 text.pages += more
                 rows.append(Row(text, tokens, int(text.cached + len(tokens) == len(text.known))))
-    logits = dict(zip([row.sequence for row in rows], engine.runner.run(rows), strict=True))
+    each = torch.split(engine.runner.run(rows), [row.wanted for row in rows])
+    logits = dict(zip([row.sequence for row in rows], each, strict=True))
     for row in rows:
         row.sequence.cached += len(row.tokens)
     over: list[Group] = []

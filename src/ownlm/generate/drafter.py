@@ -191,33 +191,34 @@ class Drafter:
         while writing:
             began, count = time.perf_counter(), len(writing)
             rows = [each.row() for each in writing]
-            logits = self.runner.run(rows)
+            logits_BV = self.runner.run(rows)
             for each, row in zip(writing, rows, strict=True):
                 if each.tokens:
                     each.shadow.ahead += row.tokens
                     row.sequence.cached += 1
                 else:
                     self._has_read(row)
-            writing = self._sampled(writing, logits)
+            writing = self._sampled(writing, logits_BV)
             self.costs.saw(count, time.perf_counter() - began)
         for each in begun:
             each.shadow.text.cached -= len(each.shadow.ahead)
         return {each.sequence: Draft(each.tokens, each.shadow.share) for each in begun if each.tokens}
 
-    def _sampled(self, writing: SequenceOf["Ahead"], logits: SequenceOf[Tensor]) -> list["Ahead"]:
+    def _sampled(self, writing: SequenceOf["Ahead"], logits_BV: Tensor) -> list["Ahead"]:
         """Add a token to each, as the engine will; those that go on."""
-        open_ = [(each, logits_1V) for each, logits_1V in zip(writing, logits, strict=True) if each.open()]
+        open_ = [place for place, each in enumerate(writing) if each.open()]
         if not open_:
             return []
-        going = [each for each, _ in open_]
+        going = [writing[place] for place in open_]
         masks = [each.allowed for each in going]
         width = min([self.model.config.vocab_size, *(len(mask) for mask in masks if mask is not None)])
         tokens = sample(
-            torch.cat([logits_1V[:, :width] for _, logits_1V in open_]),
+            logits_BV[:, :width],
             [each.shadow.sampling for each in going],
             [each.generator for each in going],
             [each.text() for each in going],
             [None if mask is None else mask[:width] for mask in masks],
+            open_,
         )
         return [each for each, token in zip(going, tokens, strict=True) if each.push(token.id)]
 

@@ -178,8 +178,7 @@ class Engine:
         """The events of one step: a new token per running answer, or several where a draft came true."""
         late = self._late()
         rows = self._schedule()
-        logits = self._run(rows)
-        return late + self._commit(rows, logits)
+        return late + self._commit(rows, self._run(rows)) if rows else late
 
     # ---- schedule
 
@@ -193,10 +192,12 @@ class Engine:
     def _schedule(self) -> list[Row]:
         """Every writing sequence's last token, then prompt tokens within the budget: of running ones, then of waiting ones."""
         rows: list[Row] = []
-        writing = sorted((each for each in self.running if each.writing), key=lambda each: each.rank)
+        writing: list[Sequence] = []
+        reading: list[Sequence] = []
+        for each in sorted(self.running, key=lambda each: each.rank):
+            (writing if each.writing else reading).append(each)
         # Beside a prompt the rows of drafts are no longer cheap, and the pace would blame them on it.
-        alone = len(writing) == len(self.running)
-        drafts = self._drafts(writing) if self.speculate and alone else {}
+        drafts = self._drafts(writing) if self.speculate and not reading else {}
         for sequence in writing:
             self._add_row(rows, sequence, 1, drafts.get(sequence))
         budget = float(self.prefill_tokens)
@@ -205,7 +206,7 @@ class Engine:
         piece = self._go_on(budget) if budget else None
         if piece is not None:
             budget = 0 if writing else budget - len(piece.tokens)
-        for sequence in sorted((each for each in self.running if not each.writing), key=lambda each: each.rank):
+        for sequence in reading:
             if piece is None or sequence is not piece.sequence:
                 budget -= self._read(rows, sequence, budget, whole=not writing)
         while budget > 0 and len(self.running) < self.slots:
@@ -314,8 +315,8 @@ class Engine:
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Pages for `length` tokens, taken from those that came later where none is free; False if this one must wait itself."""
-        while True:
-            more = self.pool.take(max(0, -(-length // self.pool.size) - len(sequence.pages)))
+        while (lacking := -(-length // self.pool.size) - len(sequence.pages)) > 0:
+            more = self.pool.take(lacking)
             if more is not None:
                 sequence.pages += more
                 return True
@@ -323,6 +324,7 @@ class Engine:
             self._preempt(last)
             if last is sequence:
                 return False
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting; what it has written stays known and is read again when there is room."""
@@ -347,39 +349,42 @@ class Engine:
 
     # ---- run
 
-    def _run(self, rows: list[Row]) -> list[Tensor]:
-        """logits_WV of each row's wanted tokens."""
-        if not rows:
-            return []
+    def _run(self, rows: list[Row]) -> Tensor:
+        """logits_WV of the rows' wanted tokens."""
         began = time.perf_counter()
-        logits = self.runner.run(rows)
+        logits_WV = self.runner.run(rows)
         seconds = time.perf_counter() - began
-        writing = sum(len(row.tokens) for row in rows if row.sequence.writing)
-        reading = sum(self._share(row) * len(row.tokens) for row in rows if not row.sequence.writing)
+        writing, reading = 0, 0.0
+        for row in rows:
+            if row.sequence.writing:
+                writing += len(row.tokens)
+            else:
+                reading += self._share(row) * len(row.tokens)
         self.pace.saw(writing, reading, seconds)
         if not reading:
             self.costs.saw(writing, seconds)
-        return logits
+        return logits_WV
 
     def _share(self, row: Row) -> float:
         return 1 if row.layers is None else len(row.layers) / self.runner.layers
 
     # ---- commit
 
-    def _commit(self, rows: list[Row], logits: list[Tensor]) -> list[Event]:
+    def _commit(self, rows: list[Row], logits_WV: Tensor) -> list[Event]:
         """Sample for the rows whose known tokens are all read, and tell what became of each."""
-        ready: list[tuple[Row, Tensor]] = []
-        for row, logits_WV in zip(rows, logits, strict=True):
-            sequence = row.sequence
+        ready: list[tuple[Row, int]] = []  # with the place of its last known token's logits
+        end = 0
+        for row in rows:
+            sequence, begin, end = row.sequence, end, end + row.wanted
             if row.layers is not None:
                 between = row.layers.stop < self.runner.layers
                 self.underway = replace(self.underway, layers=row.layers) if between and self.underway else None
                 if between:
                     continue
             if sequence.echoes:
-                self._echo(row, logits_WV)
+                self._echo(row, logits_WV[begin:end])
             if row.completes:
-                ready.append((row, logits_WV[-row.drafted - 1 :]))
+                ready.append((row, end - row.drafted - 1))
             sequence.cached += row.known
             self._publish(sequence)  # before it may end, and give its pages back
         events: list[Event] = []
@@ -387,33 +392,34 @@ class Engine:
             if not ready:
                 break
             ended, allowed = self._allowed([row.sequence for row, _ in ready])
-            ready = [(row, logits_WV) for row, logits_WV in ready if row.sequence in allowed]
+            ready = [(row, first) for row, first in ready if row.sequence in allowed]
             events += ended
             if ready:
-                new, ready = self._choose(ready, place, allowed)
+                new, ready = self._choose(ready, place, logits_WV, allowed)
                 events += new
         return events
 
     def _choose(
-        self, ready: list[tuple[Row, Tensor]], place: int, allowed: dict[Sequence, Tensor | None]
-    ) -> tuple[list[Event], list[tuple[Row, Tensor]]]:
+        self, ready: list[tuple[Row, int]], place: int, logits_WV: Tensor, allowed: dict[Sequence, Tensor | None]
+    ) -> tuple[list[Event], list[tuple[Row, int]]]:
         """A token for each at this place of its draft; and those rows whose draft foretold it, for the next place."""
         sequences = [row.sequence for row, _ in ready]
         tokens = sample(
-            torch.stack([logits_WV[place] for _, logits_WV in ready]),
+            logits_WV,
             [sequence.sampling for sequence in sequences],
             [sequence.generator for sequence in sequences],
             [(sequence.known, sequence.prompt_tokens) for sequence in sequences],
             [allowed[sequence] for sequence in sequences],
+            [first + place for _, first in ready],
         )
         events, foretold = [], []
-        for (row, logits_WV), token in zip(ready, tokens, strict=True):
+        for (row, first), token in zip(ready, tokens, strict=True):
             event = self._advance(row.sequence, token)
             events.append(event)
             came_true = place < row.drafted and token.id == row.tokens[row.known + place]
             if came_true and not event.finish_reason:
                 row.sequence.cached += 1  # its key and value stand there already
-                foretold.append((row, logits_WV))
+                foretold.append((row, first))
             elif row.share is not None:
                 accepted = place + came_true
                 row.share.learn(row.drafted, accepted)

@@ -248,7 +248,7 @@ class ParallelRunner:
         # Told with the next command: this may be called in the middle of one.
         weakref.finalize(self, ranks.closed.append, self.number)
 
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+    def run(self, rows: Sequence[Row]) -> Tensor:
         lines = [self.local.line(row) for row in rows]
         with Together(self.ranks, follower.pack_step(self.number, lines)):
             return self.local.compute(lines)

@@ -35,8 +35,9 @@ class Runner(Protocol):
     @property
     def adapter_form(self) -> type[NativeAdapter] | type[Learned] | type[None]: ...
 
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
-        """logits_WV, float32, of each row's wanted tokens; the keys and values of all its tokens go into its pages."""
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """logits_WV, float32, of the rows' wanted tokens, one row's after the other's; the keys and values of all their tokens go into
+        their pages."""
         ...
 
     def copy(self, page: int, onto: int) -> None:
@@ -65,40 +66,37 @@ class NativeRunner:
         self.cache = native.cache(pages, kv)
         self.rotaries = {layer.rotary for layer in model.config.layers if layer.rotary is not None}
 
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+    def run(self, rows: Sequence[Row]) -> Tensor:
         widest = max(len(row.sequence.pages) for row in rows)
-        pages = np.zeros((len(rows), widest), np.int32)
+        adapters = list(dict.fromkeys(adapter for row in rows if (adapter := row.sequence.adapter) is not None))
+        told: list[tuple[int, ...]] = []  # what the step is told of each token
         for index, row in enumerate(rows):
-            pages[index, : len(row.sequence.pages)] = row.sequence.pages
-        lengths = [len(row.tokens) for row in rows]
-        starts = np.repeat([row.sequence.cached for row in rows], lengths)
-        within = np.concatenate([np.arange(length) for length in lengths])
-        wanted = within >= np.repeat([len(row.tokens) - row.wanted for row in rows], lengths)
+            sequence, unwanted = row.sequence, len(row.tokens) - row.wanted
+            long = any(is_long(rotary, len(sequence.known)) for rotary in self.rotaries)
+            number = -1 if sequence.adapter is None else adapters.index(sequence.adapter)
+            for place, token in enumerate(row.tokens):
+                told.append((token, index, sequence.cached + place, place >= unwanted, long, number))
+        token_R, sequence_R, position_R, wanted_R, long_R, adapter_R = np.array(told, np.int32).T.copy()
         partial = rows[-1].layers
-        chosen = [row.sequence.adapter for row in rows]
-        adapters = list(dict.fromkeys(adapter for adapter in chosen if adapter is not None))
-        numbers = [-1 if adapter is None else adapters.index(adapter) for adapter in chosen]
         batch = Batch(
-            token_R=np.fromiter((token for row in rows for token in row.tokens), np.int32, sum(lengths)),
-            sequence_R=np.repeat(np.arange(len(rows), dtype=np.int32), lengths),
-            position_R=(starts + within).astype(np.int32),
-            wanted_R=wanted.astype(np.int32),
-            long_R=np.repeat([self._is_long(row) for row in rows], lengths).astype(np.int32),
-            pages_SP=pages,
+            token_R=token_R,
+            sequence_R=sequence_R,
+            position_R=position_R,
+            wanted_R=wanted_R,
+            long_R=long_R,
+            pages_SP=np.array(
+                [row.sequence.pages + [0] * (widest - len(row.sequence.pages)) for row in rows], np.int32
+            ),
             embeds_RD=self._embeds(rows),
-            partial=0 if partial is None else lengths[-1],
+            partial=0 if partial is None else len(rows[-1].tokens),
             layers=partial or range(0),
-            adapter_R=np.repeat(np.array(numbers, np.int32), lengths) if adapters else None,
+            adapter_R=adapter_R if adapters else None,
             adapters=[cast(NativeAdapter, adapter.weights) for adapter in adapters],
         )
-        logits_WV = self.native.step(self.cache, batch)
-        return list(torch.split(logits_WV, [row.wanted for row in rows]))
+        return self.native.step(self.cache, batch)
 
     def copy(self, page: int, onto: int) -> None:
         self.cache.copy(page, onto)
-
-    def _is_long(self, row: Row) -> bool:
-        return any(is_long(rotary, len(row.sequence.known)) for rotary in self.rotaries)
 
     def _embeds(self, rows: Sequence[Row]) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None":
         if all(row.sequence.embeds_TD is None for row in rows):

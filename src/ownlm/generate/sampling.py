@@ -165,12 +165,15 @@ def sample(
     generators: Sequence[torch.Generator],
     texts: Sequence[tuple[Sequence[int], int]] = (),
     allowed: Sequence[Tensor | None] = (),
+    places: Sequence[int] | None = None,
 ) -> list[Token]:
-    """The next token of each row. `logits_BV` are float32, the model's own; row b is drawn by `generators[b]`.
+    """The next token of each request. `logits_BV` are float32, the model's own; request b is drawn by `generators[b]`.
 
-    texts: for each row the tokens so far and how many of them are the prompt's; only penalties read them.
-    allowed: for each row the tokens that may be chosen, (V,) bool, or None for all.
+    texts: for each request the tokens so far and how many of them are the prompt's; only penalties read them.
+    allowed: for each request the tokens that may be chosen, (V,) bool, or None for all.
+    places: for each request its row of `logits_BV`; None: the first row is the first request's, and so on.
     """
+    places = range(len(logits_BV)) if places is None else places
     uniform = [
         float(torch.rand(1, generator=generator, dtype=torch.float64)) if request.temperature > 0 else 0.0
         for request, generator in zip(requests, generators, strict=True)
@@ -185,17 +188,18 @@ def sample(
     ]
     tokens: dict[int, Token] = {}
     if plain:
-        whole = len(plain) == len(requests)
         picked = choose.choose(
-            logits_BV if whole else logits_BV[plain],
+            logits_BV,
+            [places[row] for row in plain],
             [requests[row].temperature for row in plain],
             [uniform[row] for row in plain],
         )
         tokens = {row: Token(*pair) for row, pair in zip(plain, zip(*picked, strict=True), strict=True)}
     others = [row for row in range(len(requests)) if row not in tokens]
     if others:
+        theirs = [places[row] for row in others]
         chosen = _sample_shaped(
-            logits_BV[others],
+            logits_BV if theirs == list(range(len(logits_BV))) else logits_BV[theirs],
             [requests[row] for row in others],
             [uniform[row] for row in others],
             [texts[row] for row in others] if texts else [],

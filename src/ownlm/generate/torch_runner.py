@@ -59,7 +59,7 @@ class TorchRunner:
         static = model.device.type == "cuda" and Steps.possible(model) if static is None else static
         self.steps = Steps(model, self.cache) if static else None
 
-    def run(self, rows: Sequence[Row]) -> list[Tensor]:
+    def run(self, rows: Sequence[Row]) -> Tensor:
         return self.compute([self.line(row) for row in rows])
 
     def line(self, row: Row) -> Line:
@@ -78,8 +78,8 @@ class TorchRunner:
     def copy(self, page: int, onto: int) -> None:
         self.cache.copy(page, onto)
 
-    def compute(self, lines: Sequence[Line]) -> list[Tensor]:
-        """logits_WV, float32, of each line's wanted tokens."""
+    def compute(self, lines: Sequence[Line]) -> Tensor:
+        """logits_WV, float32, of the lines' wanted tokens, one line's after the other's."""
         states: dict[int, Tensor] = {}
         results: dict[int, Tensor] = {}
         for chosen in self._batches(lines):
@@ -102,8 +102,8 @@ class TorchRunner:
                 weight, bias = adapter.head
                 own = weight.to(hidden_WD.dtype), None if bias is None else bias.to(hidden_WD.dtype)
                 results[index] = self.model.logits(hidden_WD, own).float()
-        nothing = torch.empty(0, self.model.config.vocab_size, device=self.device)
-        return [results.get(index, nothing) for index in range(len(lines))]
+        wanted = [results[index] for index in range(len(lines)) if index in results]
+        return torch.cat(wanted) if wanted else torch.empty(0, self.model.config.vocab_size, device=self.device)
 
     def _batches(self, lines: Sequence[Line]) -> Iterator[list[int]]:
         """Those who write apart from those who read, each by length."""

@@ -71,7 +71,7 @@ FUNCTIONS = {
     "ownlm_linear": (INT, (POINTER, INT, POINTER, POINTER)),
     "ownlm_feed_forward": (INT, (POINTER, POINTER, POINTER, INT, FLOAT, FLOAT, INT, POINTER, POINTER)),
     "ownlm_read": (ctypes.c_uint64, (INT, POINTER, LONG)),
-    "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, POINTER, POINTER, POINTER, POINTER, POINTER)),
+    "ownlm_choose": (None, (ctypes.c_char_p, INT, INT, INT, LONG, *[POINTER] * 6)),
 }
 
 
@@ -103,6 +103,7 @@ def missing() -> str:
     return _found()[1]
 
 
+@functools.cache
 def instruction_sets() -> tuple[str, ...]:
     """What the library has for this processor, best first."""
     found = library()

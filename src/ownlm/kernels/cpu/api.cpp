@@ -224,16 +224,16 @@ int ownlm_step(void* handle, void* cache, const Rows* rows) try {
     return 1;
 }
 
-// A token for each of `rows` rows of n logits that stand `stride` floats apart, on the threads of the team.
-void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int64_t stride, const float* logits, const float* temperature,
-                  const double* uniform, int32_t* ids, float* logprobs) {
+// A token of n logits for each of `rows` rows of the table at `logits`, whose rows stand `stride` floats apart, on the threads of the team.
+void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int64_t stride, const float* logits, const int32_t* row,
+                  const float* temperature, const double* uniform, int32_t* ids, float* logprobs) {
     const Kernels* kernels = supported().back();
     for (auto* each : supported())
         if (!std::strcmp(each->name, instruction_set)) kernels = each;
     Team& all = team(threads);
     std::lock_guard lock(all.busy);
     const auto choose = [&](int from, int to) {
-        for (int r = from; r < to; r++) kernels->choose(logits + r * stride, n, temperature[r], uniform[r], ids + r, logprobs + r);
+        for (int i = from; i < to; i++) kernels->choose(logits + row[i] * stride, n, temperature[i], uniform[i], ids + i, logprobs + i);
     };
     if (rows == 1) return choose(0, 1);
     all.pool.run([&](int id) { Member(all.pool, id).split(rows, choose); });
