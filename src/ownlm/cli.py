@@ -309,7 +309,7 @@ COMMANDS: dict[str, Command] = {
             (
                 "--kind",
                 {
-                    "choices": ("f32", "bf16", "int8", "int4"),
+                    "choices": ("f32", "bf16", "int8", "int4", "uint4"),
                     "default": None,
                     "help": "precision of the weights (default: that in which the model runs)",
                 },

@@ -40,31 +40,68 @@ void compare(const Kernels& kernels, const std::string& what, const Floats& foun
     std::printf("%s %s: %.1e (at most %.0e)%s\n", kernels.name, what.c_str(), worst / most, bar, good ? "" : "  FAULT");
 }
 
-const char* const KIND_NAMES[] = {"f32", "bf16", "int8", "int4"};
+const char* const KIND_NAMES[] = {"f32", "bf16", "int8", "int4", "uint4"};
 
 // Rows of activations as a matrix of this kind reads them, with memory of their own.
 struct Ready {
     Ready(const Kernels& kernels, Kind kind, const Floats& x, int rows, int k) {
         const int groups = (k + GROUP - 1) / GROUP, blocks = (rows + BLOCK - 1) / BLOCK;
         data.assign(size_t(groups) * blocks * input_bytes(kind), 0);
-        scale.assign(size_t(groups) * blocks * BLOCK, 0), zero.assign(scale.size(), 0);
-        in = {data.data(), scale.data(), zero.data(), groups};
+        scale.assign(size_t(groups) * blocks * BLOCK, 0), sum.assign(scale.size(), 0), zero.assign(scale.size(), 0);
+        in = {data.data(), scale.data(), zero.data(), sum.data(), groups};
         for (int r = 0; r < rows; r++) kernels.prepare(kind, &x[size_t(r) * groups * GROUP], r, 0, groups, in);
     }
     std::vector<uint8_t> data;
-    Floats scale;
+    Floats scale, sum;
     std::vector<int32_t> zero;
     Input in;
 };
 
+// A matrix, whose bytes both tables write alike.
+Packed filled(const Kernels& kernels, const Kernels& plain, Arena& arena, Kind kind, int n, int k, const Source& source) {
+    Packed packed, expected;
+    allocate(arena, packed, kind, n, k), allocate(arena, expected, kind, n, k);
+    for (const auto& [by, to] : {std::pair{&kernels, &packed}, std::pair{&plain, &expected}})
+        by->pack(*to, 0, 5, source), by->pack(*to, 5, n - 5, source.from(5, *to));  // ends within a tile
+    const Floats same(std::memcmp(packed.tiles, expected.tiles, packed.bytes()) ? 1 : 0);
+    compare(kernels, std::string("bytes of ") + KIND_NAMES[kind] + " from form " + std::to_string(source.form), same, {}, 0);
+    return packed;
+}
+
+// Codes and blocks of ggml's, by chance but for their half-precision numbers, which are below 2.
+void packing(const Kernels& kernels, const Kernels& plain) {
+    constexpr int N = 40, K = 512;
+    std::mt19937 random(14);
+    const auto bytes = [&](size_t count, int most) {
+        std::vector<uint8_t> all(count);
+        for (auto& byte : all) byte = uint8_t(random() % (most + 1));
+        return all;
+    };
+    const auto codes = bytes(N * K, 255), scales = bytes(N * K / GROUP * 2, 0x3f), minimums = bytes(N * K / GROUP * 2, 0x3f);
+    for (Kind kind : {INT8, INT4, UINT4}) {
+        Arena arena;
+        filled(kernels, plain, arena, kind, N, K, {CODES, codes.data(), (const uint16_t*)scales.data(), (const uint16_t*)minimums.data()});
+    }
+    for (Form form : {Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K}) {
+        const Block block = block_of(form);
+        auto raw = bytes(size_t(N) * K / GROUP / block.groups * block.bytes, 255);
+        for (size_t at = 0; at < raw.size(); at += block.bytes)
+            for (int half : {0, 2, block.bytes - 2})  // where scales stand, in one type or another
+                raw[at + half + 1] &= 0x3f;
+        const Kind own = form == Q4_0 ? INT4 : form == Q4_1 || form == Q4_K ? UINT4 : INT8;
+        for (Kind kind : {own, INT8}) {
+            Arena arena;
+            filled(kernels, plain, arena, kind, N, K, {form, raw.data()});
+        }
+    }
+}
+
 void products(const Kernels& kernels, const Kernels& plain) {
     constexpr int N = 40, K = 96, ROWS = 13;
     const Floats weights = normal(N * K, 1), x = normal(ROWS * K, 2), bias = normal(48, 3);
-    for (Kind kind : {F32, BF16, INT8, INT4}) {
+    for (Kind kind : {F32, BF16, INT8, INT4, UINT4}) {
         Arena arena;
-        Packed packed;
-        allocate(arena, packed, kind, N, K);
-        pack_floats(packed, 0, N, weights.data());
+        Packed packed = filled(kernels, plain, arena, kind, N, K, {FLOATS, (const uint8_t*)weights.data()});
         packed.bias = bias.data();
         const auto run = [&](const Kernels& by, int rows) {
             Ready ready(by, kind, x, rows, K);
@@ -196,6 +233,7 @@ int main(int count, char** names) {
         for (auto* kernels : all)
             if (!std::strcmp(kernels->name, names[i])) tables.push_back(kernels);
     for (auto* kernels : tables) {
+        packing(*kernels, plain_kernels);
         products(*kernels, plain_kernels);
         attention(*kernels, plain_kernels);
         between(*kernels, plain_kernels);

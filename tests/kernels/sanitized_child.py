@@ -23,16 +23,19 @@ from references import CONFIGS, make_loud
 from ownlm.adapters.lora import Learned, Pair, base_of, matching
 from ownlm.formats.ggml import Blocks
 from ownlm.formats.ggml_encode import quantize
+from ownlm.gguf import LAYOUTS
 from ownlm.kernels import build, choose, library
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.linear import accelerate
 from ownlm.kernels.native import KINDS, PAGE, Batch, NativeDecoder
+from ownlm.kernels.sources import BLOCKS
 from ownlm.models.blocks import MLP
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 from ownlm.models.specs import FeedForward
 from ownlm.quantization.calibrate import quantize_decoder
 from ownlm.quantization.codes import QuantizedLinear, quantize_linears
+from ownlm.quantization.recode import scheme_of
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -106,11 +109,12 @@ def main(instruction_set: str, overrun: bool) -> None:
                 choose.choose(logits_WV, [0, 1], [0.0, 0.7], [0.0, 0.999999])
     library.instruction_set = lambda: instruction_set
     layers()
+    files()
 
 
 def layers() -> None:
     """Quantised layers by themselves: inputs and outputs that end within groups and tiles, with and without a gate."""
-    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4"), (False, True)):
+    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4", "uint4"), (False, True)):
         mlp = MLP(50, FeedForward(size=size, gated=gated, bias=True))
         model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
         quantize_linears(model, scheme)
@@ -120,6 +124,16 @@ def layers() -> None:
                 x = torch.randn(rows, 50)
                 assert mlp(x).isfinite().all()
                 assert mlp.up_proj(x).isfinite().all()
+
+
+def files() -> None:
+    """Bytes of every type of block that is packed as it lies, in rows that end within a tile."""
+    for type, form in BLOCKS.items():
+        raw = torch.randint(0, 256, (21, 512 // LAYOUTS[type].block * LAYOUTS[type].size), dtype=torch.uint8)
+        for kind in {scheme_of(type), "int8"}:
+            given = (KINDS[kind], *(21, 512), form, raw.data_ptr(), None, None, None)  # type: ignore[index]
+            handle = library.library().ownlm_linear_new(library.instruction_set().encode(), 2, *given)  # type: ignore[union-attr]
+            library.library().ownlm_linear_delete(handle)  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def layer(inputs: int, outputs: int, scheme: Scheme) -> tuple[Codes, Tensor]:
 
 
 @pytest.mark.parametrize("instruction_set", library.instruction_sets())
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "uint4"])
 @pytest.mark.parametrize(("inputs", "outputs", "rows"), [(32, 16, 1), (96, 40, 7), (50, 5, 9), (384, 130, 33)])
 def test_the_products_of_pytorch(inputs: int, outputs: int, rows: int, scheme: Scheme, instruction_set: str) -> None:
     kept, bias = layer(inputs, outputs, scheme)

@@ -75,7 +75,7 @@ def test_logits_are_those_of_the_modules(name: str, instruction_set: str) -> Non
     assert difference(ours, reference) <= BAR, name
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "uint4"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "gpt-oss"])
 def test_every_instruction_set_gives_the_same_quantised_logits(name: str, kind: Kind) -> None:
     model = decoder(name)

@@ -13,7 +13,7 @@ from ownlm.quantization.codes import Scheme, quantize_linears
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 
 
-@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "uint4"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_codes_give_the_logits_of_the_kernels_own_rounding(name: str, to: Scheme) -> None:
     model = decoder(name)

@@ -15,6 +15,7 @@ from ownlm.formats.ggml import DECODERS
 from ownlm.kernels import library
 from ownlm.kernels.native import Kind, NativeDecoder, packed_bytes, unsupported
 from ownlm.quantization.codes import Scheme
+from ownlm.quantization.recode import scheme_of
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 TOKENS = torch.randint(0, 97, (40,), generator=torch.Generator().manual_seed(1))
@@ -58,7 +59,7 @@ def test_blocks(type: str, tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", model("llama", **WIDE), lambda name: type)
     unread = opened(tmp_path / "model.gguf")
     native, again = packed(unread), unread.read()
-    assert native.kind == ("int4" if type == "Q4_0" else "int8")
+    assert native.kind == scheme_of(type)
     same(native, NativeDecoder(again))
     numbers = load_model(tmp_path / "model.gguf", dtype=torch.float32)
     with torch.inference_mode():
@@ -71,6 +72,7 @@ KINDS: dict[str, tuple[Kind, ...]] = {
     "a head of six bits, embeddings of four": ("int4", "int8"),
     "attention of several types": ("int8", "int4"),
     "half precision beside integers": ("int8", "bf16"),
+    "as llama.cpp mixes Q4_K_M": ("uint4", "int8"),
 }
 
 
@@ -81,6 +83,8 @@ def test_mixed_files(mixture: str, tmp_path: Path) -> None:
             return "Q6_K" if name == "output.weight" else "Q4_0"
         if mixture.startswith("attention"):
             return "Q4_0" if "attn_q." in name or "attn_k." in name else "Q8_0"
+        if mixture.endswith("Q4_K_M"):
+            return "Q6_K" if "attn_v" in name or "ffn_down" in name or name == "output.weight" else "Q4_K"
         return "F16" if "attn_v" in name or "token_embd" in name or "ffn_down" in name else "Q8_0"
 
     write(tmp_path / "model.gguf", model("llama", **WIDE), type_of)

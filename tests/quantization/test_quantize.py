@@ -14,7 +14,7 @@ PUBLISHED = [
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
-SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "nf4")
+SCHEMES: tuple[Scheme, ...] = ("int8", "int4", "uint4", "nf4")
 
 
 def test_the_levels_are_the_published_ones() -> None:
@@ -36,14 +36,16 @@ def test_it_rounds_to_the_nearest_level(rows: int, columns: int, seed: int) -> N
                 levels = {
                     "nf4": torch.tensor(PUBLISHED),
                     "int4": torch.arange(-8.0, 8),
+                    "uint4": torch.arange(16.0),
                     "int8": torch.arange(-127.0, 128),
                 }
-                best = (part[:, None] - levels[scheme] * scale).abs().min(-1).values
+                lowest = 0.0 if kept.minimums is None else kept.minimums[row, group].float()
+                best = (part[:, None] - levels[scheme] * scale - lowest).abs().min(-1).values
                 got = (part - back[row, start : start + GROUP]).abs()
                 torch.testing.assert_close(got, best, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("scheme", "type"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+@pytest.mark.parametrize(("scheme", "type"), [("int8", "Q8_0"), ("int4", "Q4_0"), ("uint4", "Q4_1")])
 def test_values_are_those_of_llama_cpps_blocks(scheme: Scheme, type: str) -> None:
     """Against the gguf package's own quantiser and decoder: the same scales, and codes that are neighbours where it rounds with a
     scale that isn't yet in half precision."""
@@ -62,7 +64,7 @@ def test_half_precision_holds_every_scale() -> None:
         assert quantize(huge, scheme).tensor().isfinite().all()
 
 
-@pytest.mark.parametrize(("scheme", "bar"), [("int8", 0.27), ("int4", 0.15), ("nf4", 0.15)])
+@pytest.mark.parametrize(("scheme", "bar"), [("int8", 0.27), ("int4", 0.15), ("uint4", 0.16), ("nf4", 0.15)])
 def test_the_base_gets_small(scheme: Scheme, bar: float) -> None:
     linear = nn.Linear(512, 384, bias=False)
     layer = QuantizedLinear(quantize(linear.weight, scheme))

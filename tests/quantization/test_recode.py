@@ -5,10 +5,10 @@ import pytest
 import torch
 from block_files import blocks
 
-from ownlm.formats.ggml import DECODERS, Blocks
+from ownlm.formats.ggml import AFFINE, DECODERS, Blocks
 from ownlm.gguf import LAYOUTS
 from ownlm.quantization.codes import GROUP, quantize
-from ownlm.quantization.recode import EXACT, exactly, recode, widened
+from ownlm.quantization.recode import EXACT, exactly, recode, scheme_of, widened
 
 SHAPE = (24, 512)
 
@@ -22,11 +22,16 @@ def made(type: str, shape: tuple[int, ...] = SHAPE) -> Blocks:
 def test_values(type: str) -> None:
     given = made(type)
     codes, wanted = recode(given), given.tensor()
-    assert codes.scheme == ("int4" if type == "Q4_0" else "int8")
+    assert codes.scheme == scheme_of(type)
     assert codes.shape == SHAPE
     if type in EXACT:
         assert torch.equal(codes.tensor(), wanted)
         return
+    if type == "Q4_K":
+        scales, minimums, _ = AFFINE[type](given.raw.view(-1, given.size))
+        for found, exact in ((codes.scales, scales), (codes.minimums, minimums)):
+            assert found is not None
+            assert bool(((found.view_as(exact) - exact).abs() <= 2**-11 * exact.abs()).all())
     # Half a step of 127, and what half precision leaves of the scale.
     largest = wanted.view(SHAPE[0], -1, GROUP).abs().amax(-1, keepdim=True)
     error = (codes.tensor() - wanted).view(SHAPE[0], -1, GROUP).abs()
@@ -46,14 +51,34 @@ def test_blocks_of_nothing_are_exact_whatever_their_scale() -> None:
     assert error.max() <= 0.01 * given.tensor().abs().max()
 
 
+def q4_k(d: float, e: float, s: int, m: int, q: int) -> Blocks:
+    """A row of 256 equal numbers d s q - e m, for s and m below 16."""
+    units = torch.tensor([d, e]).half().view(torch.uint8)
+    shared = torch.tensor([s] * 4 + [m] * 4 + [m << 4 | s] * 4, dtype=torch.uint8)
+    raw = torch.cat([units, shared, torch.full((128,), q << 4 | q, dtype=torch.uint8)])
+    return Blocks("Q4_K", raw, (1, 256))
+
+
+def test_the_ends_of_half_precision() -> None:
+    """Products of a half and a whole number are never too small for a half; those beyond it become its largest."""
+    least = 2.0**-24
+    tiny = q4_k(least, 3 * least, 5, 7, 9)
+    assert tiny.tensor()[0, 0] == (5 * 9 - 3 * 7) * least
+    assert torch.equal(recode(tiny).tensor(), tiny.tensor())
+    huge = recode(q4_k(60_000, 60_000, 2, 3, 1))
+    assert huge.scales.unique().item() == 65_504
+    assert huge.minimums is not None
+    assert huge.minimums.unique().item() == -65_504
+    assert recode(q4_k(torch.nan, 1, 1, 1, 1)).tensor().isnan().all()
+
+
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_K"])
 def test_a_stack_is_its_matrices(type: str) -> None:
     stack = made(type, (3, 8, 256))
     whole = recode(stack)
     for index in range(3):
         one = recode(stack[index])
-        assert torch.equal(whole[index].codes, one.codes)
-        assert torch.equal(whole[index].scales, one.scales)
+        assert all(torch.equal(tensor, one.tensors()[name]) for name, tensor in whole[index].tensors().items())
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "Q4_0", "Q6_K"])
@@ -76,6 +101,12 @@ def test_four_bits_as_eight() -> None:
     assert widened(wide) is wide
 
 
+def test_four_bits_with_a_minimum_as_eight() -> None:
+    codes = quantize(torch.randn(5, 70, generator=torch.Generator().manual_seed(0)), "uint4")
+    assert torch.equal(widened(codes).tensor(), quantize(codes.tensor(), "int8").tensor())
+
+
 def test_which_types_are_exact() -> None:
-    assert set(EXACT) == {"Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "MXFP4"}
+    assert set(EXACT) == {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "MXFP4"}
+    assert {type for type in DECODERS if scheme_of(type) == "uint4"} == {"Q4_1", "Q4_K"}
     assert all(LAYOUTS[type].block == GROUP for type in EXACT)

@@ -104,8 +104,10 @@ def _told(entries: Iterable[str]) -> Iterator[str]:
 
 def _blank(entries: Mapping[str, Entry], name: str, weight: Tensor, part: str) -> Codes:
     """The codes of a matrix by what the file holds; int8 where it holds none, which `_match` tells."""
-    stored = entries.get(f"{name}.{part}.codes" if part else f"{name}.codes")
-    return empty("int8" if stored is None else SCHEMES.get(stored.dtype, "int8"), tuple(weight.shape))
+    name = f"{name}.{part}" if part else name
+    stored = entries.get(f"{name}.codes")
+    scheme = "int8" if stored is None else SCHEMES.get(stored.dtype, "int8")
+    return empty("uint4" if f"{name}.minimums" in entries else scheme, tuple(weight.shape))
 
 
 def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str) -> None:
@@ -115,7 +117,7 @@ def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str)
         entry = entries.get(name)
         if entry is None:
             continue
-        is_code = name.endswith((".codes", ".scales"))
+        is_code = name.endswith((".codes", ".scales", ".minimums"))
         if entry.shape != tuple(tensor.shape):
             faults.append(f"tensor {name} has shape {entry.shape}, the config asks for {tuple(tensor.shape)}")
         elif entry.dtype != tensor.dtype if is_code else not entry.dtype.is_floating_point:

@@ -30,7 +30,7 @@ from ownlm.models.decoder import Decoder
 from ownlm.models.families.family import Held
 from ownlm.models.names import LAYOUTS, Stored
 from ownlm.quantization.calibrate import matrices
-from ownlm.quantization.codes import Codes, empty, quantized
+from ownlm.quantization.codes import Codes, Scheme, empty, quantized
 from ownlm.quantization.recode import EXACT, recode, scheme_of
 from ownlm.report import size
 
@@ -38,6 +38,12 @@ Value: TypeAlias = Tensor | Blocks
 WHOLE_ROWS = ("same", "pairs")  # layouts that leave each row as it is
 EXPERTS = ("gate_proj", "up_proj", "down_proj")
 SMALL = 2**20  # numbers
+# What is lost of blocks that no codes hold exactly, and the type of GGUF that takes as much as those codes.
+ROUNDED: dict[Scheme, str] = {
+    "uint4": "scales and minimums within 1/2048",
+    "int8": "each within 1/254 of the largest of 32",
+}
+SAME_SIZE: dict[Scheme, str] = {"uint4": "Q4_1", "int8": "Q8_0"}
 
 
 class Unread:
@@ -145,11 +151,10 @@ class _Files:
             filled: Decoder = weights.fill(fresh, dtype=self.dtype, device="cpu")
             return filled
         made, state = copy.deepcopy(self.model), dict[str, Tensor]()
-        for part in ["", *(f"layers.{index}" for index in range(self.model.config.num_layers))]:
-            for name, value in self.take(part):
+        for place in ["", *(f"layers.{index}" for index in range(self.model.config.num_layers))]:
+            for name, value in self.take(place):
                 if isinstance(value, Blocks):
-                    codes = recode(value)
-                    state |= {f"{name}.codes": codes.codes, f"{name}.scales": codes.scales}
+                    state |= {f"{name}.{part}": tensor for part, tensor in recode(value).tensors().items()}
                 else:
                     state[name] = value.to(self.dtype, copy=True)
             for one in self.described.opened.maps:
@@ -174,16 +179,16 @@ class _Files:
 
     def _note(self) -> str:
         """What becomes of matrices for which there are no codes of the same values."""
-        rounded = [name for name in self.coded if self.coded[name] not in EXACT]
-        if not rounded:
+        rounded = {name: type for name, type in self.coded.items() if type not in EXACT}
+        said = []
+        for scheme, how in ROUNDED.items():
+            if types := sorted({type for type in rounded.values() if scheme_of(type) == scheme}):
+                said.append(f"weights in {', '.join(types)} run as {scheme}, {how}")
+        if not said:
             return ""
-        types = ", ".join(sorted({self.coded[name] for name in rounded}))
-        before = sum(byte_size(self.coded[name], self.shapes[name]) for name in rounded)
-        after = sum(byte_size("Q8_0", self.shapes[name]) for name in rounded)
-        return (
-            f"{self.described.root.name}: weights in {types} run as int8, each within 1/254 of the largest of 32; "
-            f"{size(before)} become {size(after)}."
-        )
+        before = sum(byte_size(type, self.shapes[name]) for name, type in rounded.items())
+        after = sum(byte_size(SAME_SIZE[scheme_of(type)], self.shapes[name]) for name, type in rounded.items())
+        return f"{self.described.root.name}: {'; '.join(said)}; {size(before)} become {size(after)}."
 
     def _empty(self, module: str, weight: Tensor, part: str) -> Codes:
         return empty(scheme_of(self.coded[f"{module}.{part or 'weight'}"]), tuple(weight.shape))

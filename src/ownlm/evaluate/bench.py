@@ -39,6 +39,7 @@ PRODUCT: dict[Kind, str] = {
     "bf16": "bf16",
     "int8": "int8",
     "int4": "int8",
+    "uint4": "int8",
 }  # what weights are multiplied as
 
 

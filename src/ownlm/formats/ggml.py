@@ -25,6 +25,9 @@ from ownlm.gguf import LAYOUTS
 
 Decoder: TypeAlias = Callable[[Tensor], Tensor]
 Whole: TypeAlias = tuple[Tensor, Tensor]  # scales (N, 1) float32 and whole numbers (N, G) int8
+Affine: TypeAlias = tuple[
+    Tensor, Tensor, Tensor
+]  # scales and minimums (N, G / 32) float32, numbers of four bits (N, G) uint8
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 CHUNK = 2**18  # numbers decoded or encoded at a time: what is in between stays in the processor's cache
 
@@ -112,9 +115,10 @@ def _scaled(scales: Tensor, q_NG: Tensor) -> Tensor:
     return numbers_NG
 
 
-def _lowered(numbers_NG: Tensor, minimums: Tensor) -> Tensor:
-    """The same minus each minimum in its share of the row."""
-    numbers_NG.view(len(numbers_NG), minimums.shape[1], -1).sub_(minimums[:, :, None])
+def _affine(scales: Tensor, minimums: Tensor, q_NG: Tensor) -> Tensor:
+    """The same plus each minimum in its share of the row."""
+    numbers_NG = _scaled(scales, q_NG)
+    numbers_NG.view(len(q_NG), minimums.shape[1], -1).add_(minimums[:, :, None])
     return numbers_NG
 
 
@@ -129,7 +133,11 @@ def q4_0(raw_NS: Tensor) -> Tensor:
 
 def q4_1(raw_NS: Tensor) -> Tensor:
     """d:2  m:2  q:16     x = d q + m"""
-    return _scaled(_half(raw_NS[:, :2]), _bits(raw_NS[:, 4:], 4, span=16)).add_(_half(raw_NS[:, 2:4]))
+    return _affine(*_affine_q4_1(raw_NS))
+
+
+def _affine_q4_1(raw_NS: Tensor) -> Affine:
+    return _half(raw_NS[:, :2]), _half(raw_NS[:, 2:4]), _bits(raw_NS[:, 4:], 4, span=16)
 
 
 def _five(high: Tensor, low: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ def q2_k(raw_NS: Tensor) -> Tensor:
     """s and m:16, four bits each  q:64, two bits, in two runs of 32 bytes  d:2  e:2     16 numbers share s and m"""
     scales, q_NG = raw_NS[:, :16], _bits(raw_NS[:, 16:80], 2, span=32)
     d, e = _half(raw_NS[:, 80:82]), _half(raw_NS[:, 82:84])
-    return _lowered(_scaled(d * (scales & 15).float(), q_NG), e * (scales >> 4).float())
+    return _affine(d * (scales & 15).float(), -(e * (scales >> 4).float()), q_NG)
 
 
 def q3_k(raw_NS: Tensor) -> Tensor:
@@ -207,9 +215,13 @@ def _scales_and_minimums(raw_N12: Tensor) -> tuple[Tensor, Tensor]:
 
 def q4_k(raw_NS: Tensor) -> Tensor:
     """d:2  e:2  s and m:12  q:128, four bits, in runs of 32 bytes     32 numbers share s and m"""
+    return _affine(*_affine_q4_k(raw_NS))
+
+
+def _affine_q4_k(raw_NS: Tensor) -> Affine:
     s, m = _scales_and_minimums(raw_NS[:, 4:16])
     d, e = _half(raw_NS[:, :2]), _half(raw_NS[:, 2:4])
-    return _lowered(_scaled(d * s.float(), _bits(raw_NS[:, 16:], 4, span=32)), e * m.float())
+    return d * s.float(), -(e * m.float()), _bits(raw_NS[:, 16:], 4, span=32)
 
 
 def q5_k(raw_NS: Tensor) -> Tensor:
@@ -217,7 +229,7 @@ def q5_k(raw_NS: Tensor) -> Tensor:
     s, m = _scales_and_minimums(raw_NS[:, 4:16])
     d, e = _half(raw_NS[:, :2]), _half(raw_NS[:, 2:4])
     q_NG = _bits(raw_NS[:, 48:], 4, span=32) | _bits(raw_NS[:, 16:48], 1, span=32) << 4
-    return _lowered(_scaled(d * s.float(), q_NG), e * m.float())
+    return _affine(d * s.float(), -(e * m.float()), q_NG)
 
 
 def q6_k(raw_NS: Tensor) -> Tensor:
@@ -244,5 +256,7 @@ DECODERS: dict[str, Decoder] = {
 
 # Types whose numbers are whole ones times one scale for a block of 32.
 WHOLE: dict[str, Callable[[Tensor], Whole]] = {"Q5_0": _whole_q5_0, "IQ4_NL": _whole_iq4_nl, "MXFP4": _whole_mxfp4}
+# Types whose numbers are four bits times a scale for 32 of them, plus a minimum.
+AFFINE: dict[str, Callable[[Tensor], Affine]] = {"Q4_1": _affine_q4_1, "Q4_K": _affine_q4_k}
 
 assert all(CHUNK % LAYOUTS[type].block == 0 for type in DECODERS)

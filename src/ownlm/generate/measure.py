@@ -32,7 +32,8 @@ BYTES: dict[Kind, float] = {
     "bf16": 2,
     "int8": 1 + 2 / 32,
     "int4": 0.5 + 2 / 32,
-}  # of a weight, its scale included
+    "uint4": 0.5 + 4 / 32,
+}  # of a weight, its scale and minimum included
 
 
 class Measured(Protocol):

@@ -3,7 +3,7 @@
     accelerate(model) ─► each QuantizedLinear, and a table that is also the head, has a `product`: y = x W' + b
                          each MLP of such layers has one too: y = down(act(gate(x)) * up(x)), what stands between never leaving the cores
 
-A decoder's whole step is native (native.py). Here PyTorch does all but the products with weights in int8 or int4, which meet
+A decoder's whole step is native (native.py). Here PyTorch does all but the products with weights in integers, which meet
 activations in int8 with a scale for every 32 of them, by the same code as in decoders. Weights in floats are left to PyTorch.
 
 PyTorch's threads go on spinning for some milliseconds after each of its operations, on the cores that ours need. So the cores are
@@ -23,10 +23,9 @@ from ownlm import device
 from ownlm.errors import UserError
 from ownlm.kernels import library as lib
 from ownlm.kernels.native import ACTIVATIONS, KINDS, LANES
+from ownlm.kernels.sources import CODES, addresses
 from ownlm.models.blocks import MLP, Block
 from ownlm.quantization.codes import Codes, QuantizedEmbedding, QuantizedLinear
-
-CODES = 2  # a source of `ownlm_linear_new`
 
 
 class Product:
@@ -39,7 +38,7 @@ class Product:
         assert kept.scheme in KINDS, kept.scheme
         self._lib, self.outputs = found, kept.codes.shape[-2]
         self.padded = -(-self.outputs // LANES) * LANES
-        codes, scales = kept.codes.contiguous(), kept.scales.contiguous()
+        tensors = [tensor.contiguous() for tensor in kept.tensors().values()]
         added = None if bias is None else bias.detach().float().contiguous()
         self.handle = ctypes.c_void_p(
             found.ownlm_linear_new(
@@ -49,8 +48,7 @@ class Product:
                 self.outputs,
                 kept.columns,
                 CODES,
-                codes.data_ptr(),
-                scales.data_ptr(),
+                *addresses(tensors),
                 None if added is None else added.data_ptr(),
             )
         )
@@ -105,7 +103,7 @@ def _layers(mlp: MLP) -> tuple[nn.Module | None, ...]:
 
 
 def accelerate(model: nn.Module) -> bool:
-    """Let the kernels multiply for the model's layers in int8 and int4, in inference on the CPU. False where there are no kernels."""
+    """Let the kernels multiply for the model's layers in integers, in inference on the CPU. False where there are no kernels."""
     if lib.library() is None:
         return False
     all_threads, (theirs, _) = torch.get_num_threads(), teams()

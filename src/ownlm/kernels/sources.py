@@ -1,11 +1,11 @@
 """What weights come as, and how they are handed to the packing in C++: numbers, codes, or blocks of a GGUF file.
 
-Matrices that are packed as one (q, k and v) become one kind: codes of 8 and 4 bits int8, with the same values; codes beside numbers
-numbers.
+Matrices that are packed as one (q, k and v) become one kind: codes of several kinds int8, of the same values but for those of uint4, which
+are rounded; codes beside numbers numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from ownlm.formats.ggml import Blocks
 from ownlm.models.decoder import Decoder
 from ownlm.quantization.codes import Codes, Quantized
-from ownlm.quantization.recode import exactly, recode, scheme_of, widened
+from ownlm.quantization.recode import exactly, scheme_of, widened
 
-Kind = Literal["f32", "bf16", "int8", "int4"]
+Integers = Literal["int8", "int4", "uint4"]
+Kind = Literal["f32", "bf16", "int8", "int4", "uint4"]
+INTEGERS: tuple[Integers, ...] = get_args(Integers)
 Weight: TypeAlias = Tensor | Codes | Blocks
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
-# `Source` of cpu/api.cpp.
+# `Source` of cpu/model.h.
 FLOATS, BF16S, CODES = 0, 1, 2
-AS_THEY_LIE = {"Q8_0": 3, "Q4_0": 4}
+BLOCKS = {type: 3 + at for at, type in enumerate(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"))}
 PIECE = 2**22  # numbers made of blocks at a time
 
 
@@ -37,7 +39,7 @@ def by_row(weight: Weight, change: Callable[[Tensor], Tensor]) -> Weight:
     if isinstance(weight, Blocks):
         return weight.by_row(change)
     if isinstance(weight, Codes):
-        return Codes(weight.scheme, change(weight.codes), change(weight.scales), weight.columns)
+        return weight.by_row(change)
     return change(weight)
 
 
@@ -45,7 +47,7 @@ def numbers(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.tensor()
 
 
-def kept_kind(weight: Codes | Blocks) -> Literal["int8", "int4"]:
+def kept_kind(weight: Codes | Blocks) -> Integers:
     scheme = scheme_of(weight.type) if isinstance(weight, Blocks) else weight.scheme
     assert scheme != "nf4", "ask `unsupported` first"
     return scheme
@@ -56,7 +58,7 @@ def default_kind(model: Decoder) -> Kind:
     kept = [module for module in model.modules() if isinstance(module, Quantized)]
     if kept:
         schemes = [kept_kind(module.kept) for module in kept]
-        return max(("int8", "int4"), key=schemes.count)  # type: ignore[arg-type]
+        return max(INTEGERS, key=schemes.count)
     return "bf16" if model.dtype == torch.bfloat16 else "f32"
 
 
@@ -67,18 +69,14 @@ def together(parts: Sequence[Weight], kind: Kind) -> tuple[Sequence[Weight], Kin
     kinds = {kept_kind(part) for part in parts if not isinstance(part, Tensor)}
     if len(kinds) == 1:
         return parts, kinds.pop()
-    return [part if kept_kind(part) == "int8" else widened(as_codes(part)) for part in parts], "int8"  # type: ignore[arg-type]
+    return [widened(part) if isinstance(part, Codes) else part for part in parts], "int8"
 
 
-def as_codes(weight: Codes | Blocks) -> Codes:
-    return recode(weight) if isinstance(weight, Blocks) else weight
-
-
-def pieces(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
-    """(rows, source, values, scales) of runs of rows: what `ownlm_pack` takes, contiguous."""
+def pieces(weight: Weight) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(rows, source, tensors) of runs of rows: what `ownlm_pack` takes, contiguous; behind codes of ours their scales and minimums."""
     if isinstance(weight, Blocks):
-        if weight.type in AS_THEY_LIE:
-            yield len(weight), AS_THEY_LIE[weight.type], weight.raw.contiguous(), None
+        if weight.type in BLOCKS:
+            yield len(weight), BLOCKS[weight.type], [weight.raw.contiguous()]
             return
         step = max(1, PIECE // weight.shape[-1])
         for at in range(0, len(weight), step):
@@ -87,13 +85,18 @@ def pieces(weight: Weight) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
             yield from pieces(piece.tensor() if whole is None else whole)
         return
     if isinstance(weight, Codes):
-        yield len(weight), CODES, weight.codes.contiguous(), weight.scales.contiguous()
+        yield len(weight), CODES, [tensor.contiguous() for tensor in weight.tensors().values()]
         return
     source = BF16S if weight.dtype == torch.bfloat16 else FLOATS
     step = len(weight) if source == BF16S or weight.dtype == torch.float32 else max(1, PIECE // weight.shape[-1])
     for at in range(0, len(weight), step):
         values = weight[at : at + step].detach()
-        yield len(values), source, (values if source else values.float()).contiguous(), None
+        yield len(values), source, [(values if source else values.float()).contiguous()]
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Three for C: of values, and of the scales and minimums where there are any."""
+    return [*(tensor.data_ptr() for tensor in tensors), None, None][:3]
 
 
 def weights_state(module: nn.Module) -> WeightsState:

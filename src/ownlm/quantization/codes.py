@@ -2,11 +2,12 @@
 
     int8   code * scale, code from -127 to 127       1 byte + ½ bit per weight, 8.5 bits in all; llama.cpp's Q8_0
     int4   (code - 8) * scale, code from 0 to 15     4.5 bits; llama.cpp's Q4_0
+    uint4  code * scale + minimum, code as of int4   5 bits; llama.cpp's Q4_1, and what its Q4_K becomes (recode.py)
     nf4    NF4[code] * scale                         4.5 bits; the base of QLoRA (arXiv:2305.14314)
 
 `quantize` rounds to the nearest value; `gptq.py` chooses codes by what they do to the outputs. A model of these layers computes in
 PyTorch by making the weights of a product again and dropping them after it, forward and backward; gradients flow to the input only.
-The native kernels take codes and scales of int8 and int4 as they lie.
+The native kernels take codes and scales of int8, int4 and uint4 as they lie.
 
 Shapes: O outputs, I inputs, G groups of a row, P the bytes of its codes, E experts.
 """
@@ -28,7 +29,7 @@ from ownlm.models.blank import blank
 from ownlm.models.blocks import Coded, MoE, Stack, gated
 from ownlm.models.specs import FeedForward
 
-Scheme = Literal["int8", "int4", "nf4"]
+Scheme = Literal["int8", "int4", "uint4", "nf4"]
 GROUP = 32
 LARGEST_HALF = 65_504.0
 
@@ -47,29 +48,42 @@ def _normal_levels() -> tuple[float, ...]:
 
 
 NF4 = _normal_levels()
-LEVELS: dict[Scheme, tuple[float, ...]] = {"int4": tuple(map(float, range(-8, 8))), "nf4": NF4}
+LEVELS: dict[Scheme, tuple[float, ...]] = {
+    "int4": tuple(map(float, range(-8, 8))), "uint4": tuple(map(float, range(16))), "nf4": NF4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
     """A matrix, or a stack of them: codes (…, O, P), int8 or two of four bits in a uint8, the even column in the low half; scales
-    (…, O, G) float16. I is rounded up to whole groups, with zeros; `columns` is I."""
+    (…, O, G) float16, and so the minimums of uint4. I is rounded up to whole groups, with zeros; `columns` is I."""
 
     scheme: Scheme
     codes: Tensor
     scales: Tensor
     columns: int
+    minimums: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(…, O, I), that of the weight."""
         return (*self.codes.shape[:-1], self.columns)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by the names of `Quantized`'s buffers."""
+        found = {"codes": self.codes, "scales": self.scales, "minimums": self.minimums}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, rows: Any) -> "Codes":
-        return Codes(self.scheme, self.codes[rows], self.scales[rows], self.columns)
+        return self.by_row(lambda tensor: tensor[rows])
+
+    def by_row(self, change: Callable[[Tensor], Tensor]) -> "Codes":
+        """The same with the rows of all its tensors changed."""
+        minimums = None if self.minimums is None else change(self.minimums)
+        return Codes(self.scheme, change(self.codes), change(self.scales), self.columns, minimums)
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(…, O, I): the weights that the codes stand for."""
@@ -80,13 +94,20 @@ class Codes:
             both = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=-1)  # what each byte stands for
             unit = F.embedding(self.codes.int(), both)
         weight = unit.view(*self.scales.shape, GROUP).mul_(self.scales.float().unsqueeze(-1))
+        if self.minimums is not None:
+            weight.add_(self.minimums.float().unsqueeze(-1))
         return weight.flatten(-2)[..., : self.columns].to(dtype)
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> Codes:
     """A weight (…, O, I) rounded to the nearest values. Of each group the number farthest from zero gets 127, or -8 in its own sign, as
-    in llama.cpp's Q8_0 and Q4_0; in nf4 it gets 1 or -1."""
+    in llama.cpp's Q8_0 and Q4_0; in nf4 it gets 1 or -1. In uint4 the least gets 0 and the greatest 15."""
     groups = in_groups(weight)
+    if scheme == "uint4":
+        least, most = groups.aminmax(dim=-1)
+        scales, minimums = as_half((most - least) / 15), as_half(least)
+        codes = rounded(groups - minimums.float().unsqueeze(-1), scales.float(), scheme)
+        return packed(codes, scales, scheme, weight.shape[-1], minimums)
     largest = groups.abs().amax(-1)
     if scheme == "int4":
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
@@ -114,13 +135,13 @@ def rounded(numbers: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
     return units.round().clamp_(low, high)
 
 
-def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int) -> Codes:
-    """The codes of what `rounded` gave, (…, G, GROUP), with their scales (…, G) in half precision."""
+def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int, minimums: Tensor | None = None) -> Codes:
+    """The codes of what `rounded` gave, (…, G, GROUP), with their scales and minimums (…, G) in half precision."""
     flat = numbers.flatten(-2)
     if scheme == "int8":
         return Codes(scheme, flat.to(torch.int8), scales, columns)
-    codes = (flat + 8).to(torch.uint8)
-    return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns)
+    codes = (flat if scheme == "uint4" else flat + 8).to(torch.uint8)
+    return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns, minimums)
 
 
 def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
@@ -129,14 +150,16 @@ def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
     groups = -(-columns // GROUP)
     narrow = scheme != "int8"
     codes = torch.empty(*outer, groups * GROUP // (1 + narrow), dtype=torch.uint8 if narrow else torch.int8)
-    return Codes(scheme, codes, torch.empty(*outer, groups, dtype=torch.float16), columns)
+    scales, minimums = torch.empty(2, *outer, groups, dtype=torch.float16)
+    return Codes(scheme, codes, scales, columns, minimums if scheme == "uint4" else None)
 
 
 class Quantized(Coded):
-    """Codes and scales as buffers. (`.to(dtype)` would round the scales.) `blocks`: see checkpoints/unread.py."""
+    """Codes, scales and minimums as buffers. (`.to(dtype)` would round the scales.) `blocks`: see checkpoints/unread.py."""
 
     codes: Tensor
     scales: Tensor
+    minimums: Tensor | None
     blocks: Blocks | None = None
 
     def __init__(self, kept: Codes) -> None:
@@ -144,10 +167,11 @@ class Quantized(Coded):
         self.columns, self.scheme = kept.columns, kept.scheme
         self.register_buffer("codes", kept.codes)
         self.register_buffer("scales", kept.scales)
+        self.register_buffer("minimums", kept.minimums)
 
     @property
     def kept(self) -> Codes:
-        return Codes(self.scheme, self.codes, self.scales, self.columns)
+        return Codes(self.scheme, self.codes, self.scales, self.columns, self.minimums)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return self.kept.tensor(dtype)
@@ -284,4 +308,4 @@ def plain(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return made
 
 
-LIMITS: dict[Scheme, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
+LIMITS: dict[Scheme, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7), "uint4": (0, 15)}

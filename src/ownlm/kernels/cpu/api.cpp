@@ -59,14 +59,6 @@ Norm& norm_of(Model& model, int layer, int slot) {
     return *norms[slot];
 }
 
-// Rows as they come to be packed. Codes of ours have their scales in a second array; a block of ggml's begins with its scale.
-enum Source : int32_t { FLOATS = 0, BF16S, CODES, Q8_0_BLOCKS, Q4_0_BLOCKS };
-
-size_t source_bytes(int source, const Packed& packed) {  // of a row
-    const size_t groups = packed.groups(), codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
-    return source == FLOATS ? size_t(packed.k) * 4 : source == BF16S ? size_t(packed.k) * 2 : groups * (source == CODES ? codes : codes + 2);
-}
-
 const Kernels* kernels_named(const char* instruction_set) {
     for (auto* kernels : supported())
         if (!std::strcmp(kernels->name, instruction_set)) return kernels;
@@ -79,22 +71,15 @@ void put_bias(Packed& packed, const float* bias) {
     packed.bias = packed.bias_values.data();
 }
 
-void fill(Team& team, Packed& packed, int first, int count, int source, const void* values, const uint16_t* scales) {
+void fill(Team& team, Packed& packed, int first, int count, const Source& source) {
     std::lock_guard lock(team.busy);
     Pool& pool = team.pool;
     // Threads take whole tiles, for two rows of a tile share its bytes.
     const int offset = first % TILE, tiles = (offset + count + TILE - 1) / TILE;
-    const size_t codes = packed.kind == INT4 ? GROUP / 2 : GROUP;
     pool.run([&](int id) {
         Member(pool, id).split(tiles, [&](int t0, int t1) {
             const int r0 = std::max(0, t0 * TILE - offset), r1 = std::min(count, t1 * TILE - offset);
-            const uint8_t* from = (const uint8_t*)values + r0 * source_bytes(source, packed);
-            if (source == FLOATS) return pack_floats(packed, first + r0, r1 - r0, (const float*)from);
-            if (source == BF16S) return pack_bf16(packed, first + r0, r1 - r0, (const uint16_t*)from);
-            const bool blocks = source != CODES;
-            const uint8_t* with = blocks ? from : (const uint8_t*)(scales + size_t(r0) * packed.groups());
-            const Order order = packed.kind == INT8 ? SIGNED : blocks ? HALVES : PAIRS;
-            pack_codes(packed, first + r0, r1 - r0, {blocks ? from + 2 : from, with, blocks ? codes + 2 : codes, blocks ? codes + 2 : 2, order});
+            pack(packed, first + r0, r1 - r0, source.from(r0, packed));
         });
     });
 }
@@ -196,9 +181,10 @@ int ownlm_matrix(void* handle, int layer, int slot, int expert, int kind, int n,
 }
 
 // Fill rows [first, first + count) from a `Source`.
-void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int source, const void* values, const uint16_t* scales) {
+void ownlm_pack(void* handle, int layer, int slot, int expert, int first, int count, int form, const uint8_t* values, const uint16_t* scales,
+                const uint16_t* minimums) {
     Handle* h = (Handle*)handle;
-    fill(*h->team, matrix(h->model, layer, slot, expert), first, count, source, values, scales);
+    fill(*h->team, matrix(h->model, layer, slot, expert), first, count, {Form(form), values, scales, minimums});
 }
 
 void ownlm_tie(void* handle) { ((Handle*)handle)->model.tied = true; }
@@ -240,8 +226,8 @@ void ownlm_choose(const char* instruction_set, int threads, int rows, int n, int
 }
 
 // A linear layer of its own: weights (n, k) as in ownlm_pack, bias (n) or none. Null without memory.
-void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n, int k, int source, const void* values, const uint16_t* scales,
-                       const float* bias) try {
+void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n, int k, int form, const uint8_t* values, const uint16_t* scales,
+                       const uint16_t* minimums, const float* bias) try {
     auto alone = std::make_unique<Alone>();
     alone->kernels = kernels_named(instruction_set);
     if (!alone->kernels) return nullptr;
@@ -251,7 +237,7 @@ void* ownlm_linear_new(const char* instruction_set, int threads, int kind, int n
     alone->memory = Memory(matrix.bytes());
     matrix.tiles = alone->memory.data();
     if (bias) put_bias(matrix, bias);
-    fill(*alone->team, matrix, 0, n, source, values, scales);
+    fill(*alone->team, matrix, 0, n, {Form(form), values, scales, minimums});
     return alone.release();
 } catch (const std::bad_alloc&) {
     return nullptr;

@@ -56,8 +56,44 @@ struct Scratch {
     std::vector<Codes> codes;  // of queries in int8
 };
 
+// Rows as they come to be packed, from memory or a file: numbers, codes with their scales and minimums, or blocks of ggml's. Codes and blocks go
+// into a matrix of the kind that holds their values; blocks of four bits also into one of int8.
+enum Form : int32_t { FLOATS = 0, BF16S, CODES, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
+
+struct Block {
+    int bytes, groups;
+};
+
+constexpr Block block_of(Form form) {
+    constexpr Block blocks[] = {{34, 1}, {18, 1}, {20, 1}, {22, 1}, {24, 1}, {144, 8}, {176, 8}, {210, 8}};
+    return blocks[form - Q8_0];
+}
+
+struct Source {
+    Form form = FLOATS;
+    const uint8_t* values = nullptr;
+    const uint16_t *scales = nullptr, *minimums = nullptr;  // of codes: half precision, one for each group; minimums of UINT4 only
+
+    size_t row_bytes(const Matrix& matrix) const {
+        switch (form) {
+            case FLOATS: return size_t(matrix.k) * 4;
+            case BF16S: return size_t(matrix.k) * 2;
+            case CODES: return matrix.groups() * code_bytes(matrix.kind);
+            default: return size_t(matrix.groups() / block_of(form).groups) * block_of(form).bytes;
+        }
+    }
+
+    // From the r-th row on.
+    Source from(size_t r, const Matrix& matrix) const {
+        const size_t groups = r * matrix.groups();
+        return {form, values + r * row_bytes(matrix), scales ? scales + groups : nullptr, minimums ? minimums + groups : nullptr};
+    }
+};
+
 struct Kernels {
     const char* name;
+    // Fill rows [first, first + count) of a matrix; others of the same tile stay as they are.
+    void (*pack)(Matrix& matrix, int first, int count, const Source& source);
     // Put columns of groups [g0, g1) of a row of x (padded with zeros to whole groups) where a matrix of `kind` reads them.
     void (*prepare)(Kind kind, const float* x, int row, int g0, int g1, Input& in);
     // y[row][output] = (or +=) W x + bias for tiles [t0, t1); rows of y stand `stride` apart.

@@ -7,9 +7,11 @@
 //   INT8   16 scales (half precision), then for each four columns: 16 rows x 4 bytes, value = (byte - 128) * scale
 //   INT4   16 scales, then for each c in 0..3: 16 rows x 4 bytes; the low half is column 4c + i, the high half 16 + 4c + i,
 //          value = (half - 8) * scale
+//   UINT4  16 scales, 16 minimums (half precision too), then bytes as of INT4, value = half * scale + minimum
 //
 // Activations. Rows are cut into blocks of 8; a block is a run of groups of 8 rows x 32 columns, in the type the weights ask
-// for: floats, bf16, or int8 with a scale for each row of the group (its largest magnitude / 127).
+// for: floats, bf16, or int8 with a scale for each row of the group (its largest magnitude / 127) and the sum of the row's numbers, with
+// which minimums are multiplied.
 //
 // Cache. A page holds PAGE positions of one sequence for all layers and heads: floats stand as keys (d, PAGE), so that one
 // query meets 16 positions at a time, and values (PAGE, d); bf16 in the pairs that its products read: keys (d / 2, PAGE, 2),
@@ -22,18 +24,23 @@
 
 namespace ownlm {
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, UINT4 = 4 };
 
 constexpr int TILE = 16, GROUP = 32, BLOCK = 8, PAGE = 32;
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
+// Of 32 codes of a row.
+constexpr size_t code_bytes(Kind kind) { return kind == INT8 ? GROUP : GROUP / 2; }
+
+// Of a group the scales, and the minimums behind them: what stands before its codes.
+constexpr size_t scale_bytes(Kind kind) { return kind == UINT4 ? TILE * 4 : TILE * 2; }
+
 constexpr size_t group_bytes(Kind kind) {
     switch (kind) {
         case F32: return TILE * GROUP * 4;
         case BF16: return TILE * GROUP * 2;
-        case INT8: return TILE * 2 + TILE * GROUP;
-        default: return TILE * 2 + TILE * GROUP / 2;
+        default: return scale_bytes(kind) + TILE * code_bytes(kind);
     }
 }
 
@@ -70,11 +77,13 @@ struct Matrix {
     int padded() const { return round_up(n, TILE); }  // outputs as they are written
 };
 
-// Activations on their way into a matrix. `zero` is what an instruction that reads weights as unsigned adds too much, negated.
+// Activations on their way into a matrix. `zero` is what an instruction that reads weights as unsigned adds too much, negated; `sum` what
+// the numbers that `data` and `scale` stand for add up to.
 struct Input {
     uint8_t* data = nullptr;
-    float* scale = nullptr;  // [block][group][BLOCK]
+    float* scale = nullptr;  // these three: [block][group][BLOCK]
     int32_t* zero = nullptr;
+    float* sum = nullptr;
     int groups = 0;
 };
 

@@ -157,7 +157,7 @@ int ownlm_adapter_pair(void* adapter, int layer, int site, int kind, int at, int
     auto& pairs = to.pairs[size_t(layer) * SITES + site];
     Pair pair;
     allocate(to.arena, pair.a, Kind(kind), rank, inputs), allocate(to.arena, pair.b, Kind(kind), outputs, rank);
-    pack_floats(pair.a, 0, rank, a), pack_floats(pair.b, 0, outputs, b);
+    pack(pair.a, 0, rank, {FLOATS, (const uint8_t*)a}), pack(pair.b, 0, outputs, {FLOATS, (const uint8_t*)b});
     pair.at = at;
     pairs.push_back(std::move(pair));
     size_t width = 0;
@@ -173,7 +173,7 @@ int ownlm_adapter_head(void* adapter, int kind, int n, int k, const float* weigh
     Adapter& to = *(Adapter*)adapter;
     Packed& head = to.head;
     allocate(to.arena, head, Kind(kind), n, k);
-    pack_floats(head, 0, n, weight);
+    pack(head, 0, n, {FLOATS, (const uint8_t*)weight});
     if (bias) {
         head.bias_values.assign(head.padded(), 0.0f);
         std::copy(bias, bias + n, head.bias_values.begin());

@@ -104,7 +104,7 @@ struct Buffer {
 
 struct Prepared {
     std::vector<uint8_t> data;
-    std::vector<float> scale;
+    std::vector<float> scale, sum;
     std::vector<int32_t> zero;
     Input in;
     void shape(Kind kind, int rows, int k);
@@ -147,21 +147,8 @@ struct Model {
     std::vector<std::vector<float>> adapter_out;
 };
 
-// How four or eight bits of a group of 32 columns stand: int8, signed; four bits, value + 8, in pairs of neighbours with the even column
-// in the low half; or column i in the low and 16 + i in the high half of byte i, as in Q4_0.
-enum Order : int32_t { SIGNED = 0, PAIRS, HALVES };
-
-// Codes and scales of rows, group by group; `stride` is from a group to the next, also where that is in the next row.
-struct Coded {
-    const uint8_t *codes, *scales;  // scales: half precision, at any address
-    size_t code_stride, scale_stride;
-    Order order;
-};
-
 void allocate(Arena& arena, Packed& matrix, Kind kind, int n, int k);
-// Fill rows [first, first + count) of a packed matrix from floats (rounding to the nearest codes) or from codes of its kind.
-void pack_floats(Matrix& matrix, int first, int count, const float* rows);
-void pack_bf16(Matrix& matrix, int first, int count, const uint16_t* rows);
-void pack_codes(Matrix& matrix, int first, int count, const Coded& coded);
+// Fill rows [first, first + count) of a packed matrix.
+void pack(Matrix& matrix, int first, int count, const Source& source);
 
 }  // namespace ownlm

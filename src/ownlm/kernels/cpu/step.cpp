@@ -14,8 +14,8 @@ namespace ownlm {
 void Prepared::shape(Kind kind, int rows, int k) {
     const size_t groups = (k + GROUP - 1) / GROUP, blocks = (rows + BLOCK - 1) / BLOCK, all = groups * blocks;
     if (data.size() < all * input_bytes(kind)) data.resize(all * input_bytes(kind));
-    if (scale.size() < all * BLOCK) scale.resize(all * BLOCK), zero.resize(all * BLOCK);
-    in = {data.data(), scale.data(), zero.data(), int(groups)};
+    if (scale.size() < all * BLOCK) scale.resize(all * BLOCK), zero.resize(all * BLOCK), sum.resize(all * BLOCK);
+    in = {data.data(), scale.data(), zero.data(), sum.data(), int(groups)};
 }
 
 namespace {
