@@ -1,14 +1,15 @@
-"""What a small model that drafts brings: tokens a second with and without it, over the same answers.
+"""What drafts bring, of a small model and of the text itself: tokens a second with and without, over the same answers.
 
-    python benchmarks/drafting.py TEXT [--seconds 75] [--layers 48] [--kind bf16] [--rounds 5]
+    python benchmarks/drafting.py TEXT [--seconds 75] [--small-seconds 25] [--layers 48] [--kind bf16] [--rounds 5]
 
-Two models are trained here on the bytes of a text (a book of some 700 kB will do), a small one of 1 layer for a third of the time and
-a bigger one of 3 layers. To cost what a big model costs, the bigger one gets further layers that do nothing (their outputs are
-zero), up to --layers: what the two say, and so how often a draft comes true, is that of the trained models; how much longer a step
+Two models are trained here on the bytes of a text (a book of some 700 kB will do), a bigger one of 3 layers and a small one of 1 layer,
+for a third of the time unless told. To cost what a big model costs, the bigger one gets further layers that do nothing (their outputs
+are zero), up to --layers: what the two say, and so how often a draft comes true, is that of the trained models; how much longer a step
 of the one takes than of the other is chosen. Prompts are cut from the last tenth of the text, which neither has learned.
 
-Both engines run in turn, the order turning each round: one answer at a time and four, greedy and at temperature 1. The texts must
-be equal, or it fails. On as many threads as OMP_NUM_THREADS says.
+An engine without drafts and one with them (of the model; of what the text repeats) run in turn for moments: one answer at a time and
+four, greedy and at temperature 1. The texts must be equal, or it fails. On as many threads as OMP_NUM_THREADS says; with one thread the
+processor's time tells what drafts cost whatever else the machine does.
 """
 
 import argparse
@@ -36,6 +37,7 @@ CONTEXT, PROMPT, NEW = 512, 64, 192
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 176}
 BIG = {"hidden_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 432}
 BATCH, WIDTH = 16, 64
+TURN_S = 0.02  # that an engine runs before the others do
 
 
 def decoder(shape: dict[str, int]) -> Decoder:
@@ -82,27 +84,50 @@ def deepened(model: Decoder, layers: int) -> Decoder:
     return deep.eval()
 
 
-def run(engine: Engine, prompts: list[list[int]], temperature: float) -> tuple[list[list[int]], float]:
-    """The answers, and tokens a second from the first one on."""
-    answers: dict[int, list[int]] = {}
-    for seed, prompt in enumerate(prompts):
-        sampling = Sampling(max_tokens=NEW, temperature=temperature, seed=seed)
-        answers[engine.add(prompt, sampling)] = []
-    while any(not each.new_tokens for each in (*engine.running, *engine.waiting)):
-        for event in engine.step():
-            answers[event.request].append(event.token.id if event.token else -1)
-    before, began = sum(map(len, answers.values())), time.perf_counter()
-    while not engine.idle:
-        for event in engine.step():
-            answers[event.request].append(event.token.id if event.token else -1)
-    rate = (sum(map(len, answers.values())) - before) / (time.perf_counter() - began)
-    return list(answers.values()), rate
+class Answering:
+    """One engine on some prompts, from the step on in which all of them have begun to write."""
+
+    def __init__(self, engine: Engine, prompts: list[list[int]], temperature: float) -> None:
+        self.engine, self.seconds, self.processor_s = engine, 0.0, 0.0
+        self.answers: dict[int, list[int]] = {}
+        for seed, prompt in enumerate(prompts):
+            sampling = Sampling(max_tokens=NEW, temperature=temperature, seed=seed, stop_ids=frozenset())
+            self.answers[engine.add(prompt, sampling)] = []
+        while any(not each.new_tokens for each in (*engine.running, *engine.waiting)):
+            self.step()
+        self.before = sum(map(len, self.answers.values()))
+
+    def step(self) -> None:
+        for event in self.engine.step():
+            self.answers[event.request].append(event.token.id if event.token else -1)
+
+    def turn(self) -> None:
+        """Go on for a moment."""
+        began, processor = time.perf_counter(), time.process_time()
+        while not self.engine.idle and time.perf_counter() - began < TURN_S:
+            self.step()
+        self.seconds += time.perf_counter() - began
+        self.processor_s += time.process_time() - processor
+
+    def tokens(self) -> int:
+        return sum(map(len, self.answers.values())) - self.before
+
+
+def race(engines: list[Engine], prompts: list[list[int]], temperature: float) -> list[Answering]:
+    """The engines on the same prompts, in turn: whatever else slows the machine down slows all of them. The texts must be equal."""
+    each = [Answering(engine, prompts, temperature) for engine in engines]
+    while any(not one.engine.idle for one in each):
+        for one in each:
+            one.turn()
+    assert len({tuple(map(tuple, one.answers.values())) for one in each}) == 1, "drafts changed a text"
+    return each
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("text", type=Path)
     parser.add_argument("--seconds", type=float, default=75, help="of the processor, for the bigger model")
+    parser.add_argument("--small-seconds", type=float, help="for the small one; by default a third")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--kind", default="bf16", choices=("f32", "bf16", "int8", "int4"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -113,49 +138,44 @@ def main() -> None:
     )
     text = torch.tensor(list(data))
     learned, held = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :].tolist()
-    small = trained(SMALL, learned, arguments.seconds / 3)
+    small = trained(SMALL, learned, arguments.small_seconds or arguments.seconds / 3)
     big = deepened(trained(BIG, learned, arguments.seconds), arguments.layers)
     natives = {
         name: NativeDecoder(model, cast(Kind, arguments.kind)) for name, model in (("big", big), ("small", small))
     }
 
-    def engine(drafts: bool) -> Engine:
+    def engine(way: str) -> Engine:
         pages = 8 * CONTEXT // PAGE
-        drafter = (
-            Drafter(small, NativeRunner(natives["small"], small, pages=pages), context=CONTEXT) if drafts else None
-        )
+        drafter = None
+        if way == "model":
+            drafter = Drafter(small, NativeRunner(natives["small"], small, pages=pages), context=CONTEXT)
         runner = NativeRunner(natives["big"], big, pages=pages)
-        made = Engine(big, cast(Tokenizer, NoText()), slots=8, runner=runner, speculate=drafts, drafter=drafter)
-        if drafts:  # prompt lookup is another matter
-            made.costs.length = lambda rows, share: 0  # type: ignore[method-assign]
+        made = Engine(big, cast(Tokenizer, NoText()), slots=8, runner=runner, speculate=way != "alone", drafter=drafter)
+        if way == "model":  # prompt lookup is another matter
+            made.speculation.lookup.open, made.speculation.lookup.need = False, math.inf
         return made
 
-    for streams in (1, 4):
-        for temperature in (0.0, 1.0):
-            engines, rates = (
-                {drafts: engine(drafts) for drafts in (False, True)},
-                {False: list[float](), True: list[float]()},
-            )
-            for round in range(arguments.rounds + 1):
-                begin = [2_000 * (round * streams + row) % (len(held) - PROMPT) for row in range(streams)]
-                prompts = [held[start : start + PROMPT] for start in begin]
-                said = {}
-                for drafts in (False, True) if round % 2 else (True, False):
-                    said[drafts], rate = run(engines[drafts], prompts, temperature)
+    for way in ("model", "lookup"):
+        for streams in (1, 4):
+            for temperature in (0.0, 1.0):
+                engines = [engine("alone"), engine(way)]
+                rates, processor = list[float](), list[float]()
+                for round in range(arguments.rounds + 1):
+                    begin = [2_000 * (round * streams + row) % (len(held) - PROMPT) for row in range(streams)]
+                    prompts = [held[start : start + PROMPT] for start in begin]
+                    alone, drafted = race(engines, prompts, temperature)
                     if round:  # the first one learns what steps take
-                        rates[drafts].append(rate)
-                assert said[False] == said[True], "drafts changed a text"
-            plain, drafted = (statistics.median(rates[drafts]) for drafts in (False, True))
-            ratios = [with_ / without for with_, without in zip(rates[True], rates[False], strict=True)]
-            found = engines[True]
-            assert found.drafter is not None
-            print(
-                f"{streams} answers, temperature {temperature:g}: {plain:.0f} tokens/s alone, {drafted:.0f} with drafts, "
-                f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}); "
-                f"{found.accepted_tokens / max(1, found.drafted_tokens):.0%} of {found.drafted_tokens:,} drafted tokens came true; "
-                f"a step of the big model {1e3 * (found.costs.curve()(streams) or 0):.2f} ms, of the small one "
-                f"{1e3 * (found.drafter.costs.curve()(streams) or 0):.2f} ms"
-            )
+                        rates.append(alone.seconds / drafted.seconds)
+                        processor.append(alone.processor_s / drafted.processor_s)
+                found = engines[1].speculation
+                print(
+                    f"{way}, {streams} answers, temperature {temperature:g}: {alone.tokens() / alone.seconds:.0f} tokens/s alone, "
+                    f"with drafts {statistics.median(rates):.2f}x ({min(rates):.2f}-{max(rates):.2f}), of processor time "
+                    f"{statistics.median(processor):.2f}x ({min(processor):.2f}-{max(processor):.2f}); "
+                    f"{found.accepted_tokens / max(1, found.drafted_tokens):.0%} of {found.drafted_tokens:,} drafted tokens came true; "
+                    f"a step alone {1e3 * (found.costs.without(streams) or 0):.2f} ms",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

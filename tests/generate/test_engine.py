@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ownlm.errors import ContextTooLong, UserError
-from ownlm.generate.drafts import Costs, Echoes, Share
 from ownlm.generate.engine import Engine
 from ownlm.generate.pace import Pace
 from ownlm.generate.runners import NativeRunner, Runner
@@ -351,8 +350,9 @@ def test_speculation_gives_the_same_text_in_fewer_steps(temperature: float) -> N
     def engine(speculate: bool) -> Engine:
         runner = NativeRunner(NativeDecoder(MODEL.decoder), MODEL.decoder, pages=40)
         made = Engine(MODEL.decoder, MODEL.tokenizer, slots=4, runner=runner, speculate=speculate)
-        made.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]
-        made.costs.seconds = dict.fromkeys(range(40), 1.0)  # rows for nothing: drafts always pay
+        costs = made.speculation.costs
+        costs.saw = lambda rows, seconds, drafted=False: 1.0  # type: ignore[method-assign]
+        costs.pace, costs.alone = 1.0, dict.fromkeys(range(40), 1.0)  # rows for nothing: drafts always pay
         return made
 
     requests = [
@@ -375,25 +375,6 @@ def test_speculation_gives_the_same_text_in_fewer_steps(temperature: float) -> N
     assert {key: [event.token for event in events] for key, events in one.items()} == {
         key: [event.token for event in events] for key, events in other.items()
     }
-    assert plain.drafted_tokens == 0
-    assert 0 < drafting.accepted_tokens <= drafting.drafted_tokens
+    assert plain.speculation.drafted_tokens == 0
+    assert 0 < drafting.speculation.accepted_tokens <= drafting.speculation.drafted_tokens
     assert drafting.pool.usage == 0
-
-
-def test_drafts_are_what_followed_before_and_only_where_they_pay() -> None:
-    said = Echoes()
-    assert said.find([1, 2, 3], 4) == []
-    assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3], 2) == [9, 8]
-    assert said.find([1, 2, 3, 9, 8, 7, 1, 2, 3, 5, 1, 2, 3], 4) == [5, 1, 2, 3]  # where it stood last
-    costs = Costs()
-    assert costs.length(1, Share(0.9)) == 0  # nothing known of a step without a draft
-    costs.seconds = {1: 1.0, 3: 1.1, 5: 1.2, 8: 4.0}
-    assert costs.length(1, Share(0.9)) == 4
-    assert costs.length(1, Share(0.05)) == 0
-    for _ in range(60):
-        said.share.learn(4, 0)
-    assert said.share.value < 0.01
-    assert [costs.curve()(rows) for rows in (1, 2, 4, 8, 99)] == [1.0, 1.0, 1.1, 4.0, 4.0]
-    costs.seconds[3] = 9.0  # something else held that step up: one of more rows was faster
-    assert costs.curve()(3) == 1.2
-    assert costs.curve()(0) is None

@@ -199,16 +199,17 @@ def test_a_small_model_drafts_for_a_split_one(tmp_path: Path) -> None:
     assert isinstance(model, Model)
     assert isinstance(whole, Model)
     engine = model.engine(2)
-    assert engine.drafter is not None
-    engine.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]  # as if rows cost nothing
-    engine.costs.seconds = dict.fromkeys(range(1, 50), 1.0)
-    engine.drafter.costs.saw = lambda rows, seconds: None  # type: ignore[method-assign]
-    engine.drafter.costs.seconds = {1: 1e-6}
+    drafter, costs = engine.speculation.drafter, engine.speculation.costs
+    assert drafter is not None
+    costs.saw = lambda rows, seconds, drafted=False: 1.0  # type: ignore[method-assign]  # as if rows cost nothing
+    costs.pace, costs.alone = 1.0, dict.fromkeys(range(1, 50), 1.0)
+    drafter.costs.saw = lambda rows, seconds, drafted=False: 1e-6  # type: ignore[method-assign]
+    drafter.costs.pace, drafter.costs.alone = 1.0, {1: 1e-6}
     prompt = model.prompt_ids(PROMPTS[0])
     engine.add(prompt, Sampling(max_tokens=40, stop_ids=frozenset()))
     said = [event.token.id for _ in range(40) for event in engine.step() if event.token]
     assert tuple(said) == whole.generate(PROMPTS[0], max_tokens=40, stop_ids=frozenset()).tokens
-    assert engine.accepted_tokens > 20
+    assert engine.speculation.accepted_tokens > 20
     end(model)
 
 

@@ -6,15 +6,15 @@ A draft is what the small model says in the place of the big one: under the answ
 that the answer is going to be drawn with, read from a copy of its generator. So two models that agree draw the same token, at any
 temperature. The answer itself is sampled from the big model place by place as always (drafts.py): the same text, sooner.
 
-It is used where it pays. How long steps of both models take is measured as they run, how much comes true is learned per answer (a new
-one begins with what was usual, and where drafts don't pay one is tried now and then), and an answer is caught up with only once it has
-been writing for as long as that takes: a word or two are never worth a long prompt.
+It is used where it pays (drafts.py), and all it takes is on its account: reading, writing, and deciding. An answer is caught up with only
+once it has been writing for as long as that takes: a word or two are never worth a long prompt.
 
 The small model keeps a cache of its own, over its own pages, with shared beginnings like the big one's. What it wrote ahead and was
 right stays; where an answer ends, is cancelled or loses its pages, the small model's pages of it are free at once.
 """
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
-from ownlm.generate.drafts import LENGTHS, PRIOR, WORTH, Costs, Draft, Share
+from ownlm.generate.drafts import LENGTHS, Costs, Draft, Share, Source
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, sample
@@ -64,9 +64,8 @@ class Drafter:
         self.context = min(context, model.config.max_tokens)
         self.pool = PagePool(runner.pages, runner.page_tokens)
         self.shadows: dict[Sequence, Shadow] = {}
-        self.costs = Costs()
+        self.source, self.costs = Source(), Costs()
         self.token_seconds = 0.0
-        self.usual = PRIOR  # the share of answers that have ended, with which new ones begin
 
     def share(self, sequence: Sequence) -> Share:
         """How much of what was drafted for this answer came true."""
@@ -77,18 +76,28 @@ class Drafter:
         shadow = self.shadows.pop(sequence, None)
         if shadow is not None:
             self.pool.release(shadow.text.pages)
-            self.usual = 0.8 * self.usual + 0.2 * shadow.share.value
 
-    def drafts(self, answers: SequenceOf[Sequence], rows: int, costs: Costs) -> dict[Sequence, Draft]:
+    def drafts(
+        self, answers: SequenceOf[Sequence], rows: int, seconds: Callable[[int], float]
+    ) -> dict[Sequence, Draft]:
         """What these answers may say next; for some of them, or none, where that doesn't pay. `rows`: of the big model's step
-        without these drafts; `costs`: of its steps."""
-        able = [each for each in answers if self._able(each)]
-        chosen, length = self._plan(able, rows, costs)
-        for sequence in set(able).difference(chosen):
-            self._shadow(sequence).share.rest()
-        alone = costs.curve()(rows)
-        ready = [] if alone is None else self._caught_up(chosen, alone)
-        return self._write_ahead(ready, length) if ready else {}
+        without drafts; `seconds`: of its steps by their rows."""
+        began = time.perf_counter()
+        shares = {each: self.share(each) for each in answers if self._able(each)}
+        drafts: dict[Sequence, Draft] = {}
+        if shares:
+            of_small = self.costs.curve(self.costs.alone, 0.0)
+            chosen, length = self.source.plan(
+                shares, rows, rows, seconds, lambda count, length: length * of_small(count)
+            )
+            if not chosen:
+                chosen, length = [min(shares, key=self._behind)], LENGTHS[0]
+                more = seconds(rows + length) - seconds(rows) + length * of_small(1)
+                self.source.trying(seconds(rows), more, self._behind(chosen[0]) * self.token_seconds)
+            ready = self._caught_up(chosen, seconds(rows))
+            drafts = self._write_ahead(ready, length)
+        self.source.charge(time.perf_counter() - began)
+        return drafts
 
     # ---- for whom
 
@@ -100,7 +109,7 @@ class Drafter:
             shadow = self.shadows[sequence] = Shadow(
                 text=replace(sequence, pages=[], keys=[], cached=0),  # `known` stays the answer's own list
                 sampling=replace(sequence.sampling, logprobs=0, logit_bias=bias),
-                share=Share(self.usual),
+                share=Share(self.source),
             )
         return shadow
 
@@ -109,26 +118,12 @@ class Drafter:
         fits = len(sequence.known) + LENGTHS[0] <= self.context and sequence.embeds_TD is None
         return fits and max(sequence.known[self._shadow(sequence).text.cached :]) < self.model.config.vocab_size
 
-    def _plan(self, able: SequenceOf[Sequence], rows: int, costs: Costs) -> tuple[list[Sequence], int]:
-        """(for whom, how many tokens): what gives the most tokens a second. Drafts of k tokens for m answers add m * k rows to the
-        big model's step, and k steps of m rows of the small one."""
-        of_big, of_small = costs.curve(), self.costs.curve()
-        alone = of_big(rows)
-        if alone is None or not able:
-            return [], 0
-        best: tuple[list[Sequence], int] = ([], 0)
-        most = WORTH * rows / alone
-        order = sorted(able, key=lambda each: -self._shadow(each).share.value)
-        for length in LENGTHS:
-            tokens = float(rows)
-            for count, sequence in enumerate(order, start=1):
-                tokens += self._shadow(sequence).share.gain(length) - 1
-                big, small = of_big(rows + count * length) or alone, of_small(count) or 0.0
-                if tokens / (big + length * small) > most:
-                    best, most = (order[:count], length), tokens / (big + length * small)
-        return best
-
     # ---- catch up
+
+    def _behind(self, sequence: Sequence) -> int:
+        """How many tokens of an answer are to be read before there can be a draft."""
+        text = self._shadow(sequence).text
+        return max(0, len(text.known) - text.cached - ALONG)
 
     def _caught_up(self, answers: SequenceOf[Sequence], seconds: float) -> list[Sequence]:
         """Those of which the small model has read nearly all. Of others it reads what takes a part of `seconds`, a step's time."""
@@ -139,7 +134,7 @@ class Drafter:
             behind = len(text.known) - text.cached
             if behind <= ALONG:
                 ready.append(sequence)
-            elif behind * self.token_seconds <= sequence.new_tokens * seconds and budget > 0:
+            elif behind * self.token_seconds <= min(sequence.new_tokens * seconds, self.source.balance) and budget > 0:
                 tokens = text.known[text.cached : -1][: max(budget, ALONG)]
                 if self._grow(text, text.cached + len(tokens)):
                     rows.append(Row(text, tokens, 0))

@@ -27,13 +27,14 @@ from torch import Tensor
 from ownlm.errors import ContextTooLong, UserError
 from ownlm.generate.adapters import Adapter
 from ownlm.generate.drafter import Drafter
-from ownlm.generate.drafts import Costs, Draft
+from ownlm.generate.drafts import Draft, Source
 from ownlm.generate.grammar import Grammars
 from ownlm.generate.pace import Pace
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
+from ownlm.generate.speculation import Speculation
 from ownlm.generate.text import StopText
 from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder
@@ -51,7 +52,8 @@ class Engine:
     context         positions of a sequence, prompt and answer together; fewer where the runner's pages don't reach for so many
     prefill_tokens  prompt tokens that one step reads at most, which bounds its time and memory; by default the runner's
     runner          what computes; by default the model's own modules
-    speculate       read drafts of what may come next where that pays (drafts.py); None: where the runner is exact, or with a drafter
+    speculate       read drafts of what may come next where that pays (speculation.py); None: where the runner is exact, or with a
+                    drafter
     drafter         a small model that writes such drafts
     """
 
@@ -76,11 +78,9 @@ class Engine:
         self.device = model.device
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.drafter = drafter
         self.speculate = self.runner.exact or drafter is not None if speculate is None else speculate
-        self.pace, self.costs = Pace(), Costs()
+        self.pace, self.speculation = Pace(), Speculation(drafter)
         self.underway: Row | None = None  # a piece of a prompt that is between two layers
-        self.drafted_tokens = self.accepted_tokens = 0
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
         self.ids = itertools.count()
@@ -197,7 +197,7 @@ class Engine:
         for each in sorted(self.running, key=lambda each: each.rank):
             (writing if each.writing else reading).append(each)
         # Beside a prompt the rows of drafts are no longer cheap, and the pace would blame them on it.
-        drafts = self._drafts(writing) if self.speculate and not reading else {}
+        drafts = self.speculation.drafts(writing) if self.speculate and not reading else {}
         for sequence in writing:
             self._add_row(rows, sequence, 1, drafts.get(sequence))
         budget = float(self.prefill_tokens)
@@ -256,21 +256,6 @@ class Engine:
     def _may_share(self, sequence: Sequence) -> bool:
         """Only texts whose tokens say all of them; and an echo needs every token's logits."""
         return sequence.embeds_TD is None and not sequence.echoes
-
-    def _drafts(self, writing: SequenceOf[Sequence]) -> dict[Sequence, Draft]:
-        """What these answers may say next, no longer than they may become: as they said it before, else as the small model would."""
-        drafts: dict[Sequence, Draft] = {}
-        for sequence in writing:
-            room, said = sequence.limit - sequence.new_tokens - 1, sequence.said
-            length = min(room, self.costs.length(len(writing), said.share))
-            better = self.drafter is not None and self.drafter.share(sequence).value > said.share.value
-            if length > 0 and not better and (tokens := said.find(sequence.known, length)):
-                drafts[sequence] = Draft(tokens, said.share)
-        if self.drafter is not None:
-            others = [each for each in writing if each not in drafts and each.limit - each.new_tokens > 1]
-            rows = len(writing) + sum(len(draft.tokens) for draft in drafts.values())
-            drafts |= self.drafter.drafts(others, rows, self.costs)
-        return drafts
 
     def _read(self, rows: list[Row], sequence: Sequence, budget: float, *, whole: bool) -> float:
         """Add as many tokens of a prompt as the budget allows, or a piece of it for as many layers; what that takes of the budget."""
@@ -340,8 +325,7 @@ class Engine:
             self.underway = None
         self.pool.release(sequence.pages)
         sequence.pages, sequence.keys, sequence.cached = [], [], 0
-        if self.drafter is not None:
-            self.drafter.forget(sequence)
+        self.speculation.forget(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -351,27 +335,15 @@ class Engine:
 
     def _run(self, rows: list[Row]) -> Tensor:
         """logits_WV of the rows' wanted tokens."""
-        began = time.perf_counter()
-        logits_WV = self.runner.run(rows)
-        seconds = time.perf_counter() - began
-        writing, reading = 0, 0.0
-        for row in rows:
-            if row.sequence.writing:
-                writing += len(row.tokens)
-            else:
-                reading += self._share(row) * len(row.tokens)
-        self.pace.saw(writing, reading, seconds)
-        if not reading:
-            self.costs.saw(writing, seconds)
-        return logits_WV
+        self.began = time.perf_counter()
+        return self.runner.run(rows)
 
-    def _share(self, row: Row) -> float:
-        return 1 if row.layers is None else len(row.layers) / self.runner.layers
 
     # ---- commit
 
     def _commit(self, rows: list[Row], logits_WV: Tensor) -> list[Event]:
         """Sample for the rows whose known tokens are all read, and tell what became of each."""
+        writing, reading = [row for row in rows if row.sequence.writing], self._reading(rows)
         ready: list[tuple[Row, int]] = []  # with the place of its last known token's logits
         end = 0
         for row in rows:
@@ -397,7 +369,27 @@ class Engine:
             if ready:
                 new, ready = self._choose(ready, place, logits_WV, allowed)
                 events += new
+        self._took(writing, reading, time.perf_counter() - self.began)
         return events
+
+    def _reading(self, rows: list[Row]) -> float:
+        """Prompt tokens of a step; of those that go through some of the layers, their share."""
+        layers = self.runner.layers
+        return sum(
+            len(row.tokens) * (1 if row.layers is None else len(row.layers) / layers)
+            for row in rows
+            if not row.sequence.writing
+        )
+
+    def _took(self, writing: list[Row], reading: float, seconds: float) -> None:
+        """After a step: what it took tells how much the next ones can bear."""
+        self.pace.saw(sum(len(row.tokens) for row in writing), reading, seconds)
+        if self.speculate and not reading:
+            drafted: dict[Source, int] = {}
+            for row in writing:
+                if row.share is not None:
+                    drafted[row.share.source] = drafted.get(row.share.source, 0) + row.drafted
+            self.speculation.ran(len(writing), drafted, seconds)
 
     def _choose(
         self, ready: list[tuple[Row, int]], place: int, logits_WV: Tensor, allowed: dict[Sequence, Tensor | None]
@@ -421,10 +413,7 @@ class Engine:
                 row.sequence.cached += 1  # its key and value stand there already
                 foretold.append((row, first))
             elif row.share is not None:
-                accepted = place + came_true
-                row.share.learn(row.drafted, accepted)
-                self.drafted_tokens += row.drafted
-                self.accepted_tokens += accepted
+                row.share.learn(row.drafted, place + came_true)
         return events, foretold
 
     def _allowed(self, sequences: SequenceOf[Sequence]) -> tuple[list[Event], dict[Sequence, Tensor | None]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ownlm.generate.drafts import Echoes, Share
+from ownlm.generate.drafts import Share
 from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
@@ -57,7 +57,6 @@ class Sequence:
     stop_text: StopText
     matcher: Matcher | None = None  # where it stands in the form it must have
     embeds_TD: Tensor | None = None  # stands in for the embedding of the prompt
-    said: Echoes = field(default_factory=Echoes)
     adapter: "Adapter | None" = None
     tenant: str = ""
     priority: int = 0

@@ -159,8 +159,8 @@ def metrics(service: Service) -> Callable[[Request], Response]:
             waiting=len(engine.waiting),
             cache_usage=engine.cache_usage,
             faults=worker.faults,
-            drafted=engine.drafted_tokens,
-            accepted=engine.accepted_tokens,
+            drafted=engine.speculation.drafted_tokens,
+            accepted=engine.speculation.accepted_tokens,
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
