@@ -132,14 +132,14 @@ class Ranks:
         return decoder
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("paged") is None:
+        if kwargs.get("place") is None:
             positions_BT = kwargs.get("positions_BT")
             assert set(kwargs) <= {"positions_BT"}, f"of a split model: {sorted(kwargs)}"
             self.tell(follower.pack_forward(args[0], positions_BT))
             self.unfinished = True
 
     def _after_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
-        if kwargs.get("paged") is None:
+        if kwargs.get("place") is None:
             self.unfinished = False
 
     def runner(self, *, slots: int, context: int, room: int) -> "ParallelRunner":
