@@ -338,7 +338,6 @@ class Engine:
         self.began = time.perf_counter()
         return self.runner.run(rows)
 
-
     # ---- commit
 
     def _commit(self, rows: list[Row], logits_WV: Tensor) -> list[Event]:
