@@ -24,7 +24,6 @@ from ownlm.generate.engine import Engine
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.sequence import Row
 from ownlm.generate.sequence import Sequence as Text
-from ownlm.generate.text import StopText
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
 
@@ -170,22 +169,9 @@ def _pages(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> int:
 
 
 def _group(engine: Engine, place: int, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None) -> Group:
-    limit = _limit(engine, prompt, sampling)
-    stop_ids = frozenset(engine.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
-    text = Text(
-        request=place,
-        index=0,
-        prompt_tokens=len(prompt),
-        known=list(prompt),
-        sampling=sampling,
-        limit=limit,
-        stop_ids=stop_ids,
-        generator=sampling.generator(0),
-        decode=engine.tokenizer.decode_stream(),
-        stop_text=StopText(()),
-        embeds_TD=embeds_TD,
-    )
-    return Group(place, Search(sampling, limit, stop_ids), [text])
+    text = Text.begin(engine.tokenizer, prompt, sampling, request=place, limit=_limit(engine, prompt, sampling))
+    text.embeds_TD = embeds_TD
+    return Group(place, Search(sampling, text.limit, text.stop_ids), [text])
 
 
 def _step(engine: Engine, groups: Sequence[Group]) -> list[Group]:

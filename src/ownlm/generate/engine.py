@@ -35,7 +35,6 @@ from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
 from ownlm.generate.sequence import Event, Row, Sequence
 from ownlm.generate.speculation import Speculation
-from ownlm.generate.text import StopText
 from ownlm.generate.torch_runner import torch_runner
 from ownlm.models.decoder import Decoder
 from ownlm.tokens.codec import Tokenizer
@@ -113,30 +112,15 @@ class Engine:
                 "a search over beams has no events.", where="beams", cure="Use `Model.generate` or `answers`."
             )
         assert embeds_TD is None or len(embeds_TD) == len(prompt), f"{len(prompt)} tokens"
-        room = self.context - len(prompt)
-        stop_ids = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
-        request = next(self.ids)
-        self.waiting.extend(
-            Sequence(
-                request=request,
-                index=index,
-                prompt_tokens=len(prompt),
-                known=list(prompt),
-                sampling=sampling,
-                limit=room if sampling.max_tokens is None else sampling.max_tokens,
-                stop_ids=stop_ids,
-                generator=sampling.generator(index),
-                decode=self.tokenizer.decode_stream(),
-                stop_text=StopText(sampling.stop),
-                matcher=None if sampling.form is None else self.grammars.matcher(sampling.form),
-                embeds_TD=embeds_TD,
-                adapter=adapter,
-                tenant=tenant,
-                priority=priority,
-                deadline=math.inf if deadline is None else self.clock() + deadline,
-            )
-            for index in range(sampling.answers)
-        )
+        limit = self.context - len(prompt) if sampling.max_tokens is None else sampling.max_tokens
+        request, now = next(self.ids), self.clock()
+        for index in range(sampling.answers):
+            sequence = Sequence.begin(self.tokenizer, prompt, sampling, request=request, index=index, limit=limit)
+            sequence.matcher = None if sampling.form is None else self.grammars.matcher(sampling.form)
+            sequence.embeds_TD, sequence.adapter = embeds_TD, adapter
+            sequence.tenant, sequence.priority = tenant, priority
+            sequence.deadline = math.inf if deadline is None else now + deadline
+            self.waiting.append(sequence)
         return request
 
     def check(self, prompt: SequenceOf[int], sampling: Sampling, adapter: Adapter | None = None) -> None:

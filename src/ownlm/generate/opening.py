@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 
@@ -76,51 +76,28 @@ def load(
     return model
 
 
-def load_writer(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    draft: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
-) -> "Model | Seq2Seq":
+class How(TypedDict, total=False):
+    """The keywords of `load`."""
+
+    adapter: str | Path | None
+    draft: str | Path | None
+    workspace: Workspace | None
+    device: str | None
+    dtype: torch.dtype | None
+    tensor_parallel: int
+
+
+def load_writer(ref: str | Path, **how: Unpack[How]) -> "Model | Seq2Seq":
     """`load` where only a model of texts will do. Raises UserError for any other."""
-    model = load(
-        ref,
-        adapter=adapter,
-        draft=draft,
-        workspace=workspace,
-        device=device,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-    )
+    model = load(ref, **how)
     if not isinstance(model, Model | Seq2Seq):
         raise UserError("this model looks at images and writes nothing.", where=str(ref), cure="Use `ownlm.load(…)`.")
     return model
 
 
-def load_decoder(
-    ref: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    draft: str | Path | None = None,
-    workspace: Workspace | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
-) -> "Model":
+def load_decoder(ref: str | Path, **how: Unpack[How]) -> "Model":
     """`load` where only a decoder will do. Raises UserError for any other."""
-    model = load_writer(
-        ref,
-        adapter=adapter,
-        draft=draft,
-        workspace=workspace,
-        device=device,
-        dtype=dtype,
-        tensor_parallel=tensor_parallel,
-    )
+    model = load_writer(ref, **how)
     if not isinstance(model, Model):
         raise UserError(
             "this is an encoder-decoder, which rewrites one text; a decoder is needed here.",

@@ -136,6 +136,10 @@ class Sampling:
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(self.logit_bias or penalties)
 
+    def stops(self, own: Iterable[int]) -> frozenset[int]:
+        """The tokens that end an answer; `own`: the tokenizer's."""
+        return frozenset(own) if self.stop_ids is None else self.stop_ids
+
     def generator(self, index: int) -> torch.Generator:
         """The random numbers of answer `index` of `n`: a function of the seed and the index only."""
         generator = torch.Generator()

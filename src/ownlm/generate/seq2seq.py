@@ -21,7 +21,6 @@ from ownlm.generate.beams import Hypothesis, Search, continuations
 from ownlm.generate.sampling import MAX_BEAMS, Sampling, sample
 from ownlm.generate.sequence import Event
 from ownlm.generate.sequence import Sequence as Writing
-from ownlm.generate.text import StopText
 from ownlm.models.cache import KVCache
 from ownlm.models.encoder_decoder import EncoderDecoder, Source
 from ownlm.quantization.codes import count_weights
@@ -113,31 +112,19 @@ class Seq2Seq:
 
     def events(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Event]:
         """One event per token of each answer; `request` is the place of its source in `prompts`."""
-        limit, stops = self._limits(sampling)
+        limit = self._limit(sampling)
         answers = [
-            Writing(
-                request=index,
-                index=0,
-                prompt_tokens=len(prompt),
-                known=list(prompt),
-                sampling=sampling,
-                limit=limit,
-                stop_ids=stops,
-                generator=sampling.generator(0),
-                decode=self.tokenizer.decode_stream(),
-                stop_text=StopText(sampling.stop),
-            )
+            Writing.begin(self.tokenizer, prompt, sampling, request=index, limit=limit)
             for index, prompt in enumerate(prompts)
         ]
         return write(self.model, answers)
 
-    def _limits(self, sampling: Sampling) -> tuple[int, frozenset[int]]:
+    def _limit(self, sampling: Sampling) -> int:
         if sampling.form is not None:
             raise UserError("encoder-decoders write no answers of a given form.", where="form")
         if sampling.answers > 1:
             raise UserError("encoder-decoders write one answer to a text.", where="n, best_of", cure="Leave them out.")
-        stops = frozenset(self.tokenizer.stop_ids) if sampling.stop_ids is None else sampling.stop_ids
-        return sampling.max_tokens or self.model.config.max_tokens, stops
+        return sampling.max_tokens or self.model.config.max_tokens
 
     def _written(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
         answers = [Answer() for _ in prompts]
@@ -146,8 +133,8 @@ class Seq2Seq:
         return [answer.completion(len(prompt)) for answer, prompt in zip(answers, prompts, strict=True)]
 
     def _searched(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:
-        limit, stops = self._limits(sampling)
-        found = beam_search(self.model, prompts, sampling, limit=limit, stop_ids=stops)
+        stop_ids = sampling.stops(self.tokenizer.stop_ids)
+        found = beam_search(self.model, prompts, sampling, limit=self._limit(sampling), stop_ids=stop_ids)
         return [best.completion(self.tokenizer, prompt) for best, prompt in zip(found, prompts, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """An answer in the making, the rows it sends through the model, and what each step tells of it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ownlm.generate.grammar import Matcher
 from ownlm.generate.sampling import Sampling, Token
 from ownlm.generate.text import StopText
 from ownlm.records import FinishReason
+from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.stream import DecodeStream
 
 if TYPE_CHECKING:
@@ -66,6 +68,32 @@ class Sequence:
     cached: int = 0
     characters: int = 0
     prompt_logprobs: list[Token] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls,
+        tokenizer: Tokenizer,
+        prompt: Iterable[int],
+        sampling: Sampling,
+        *,
+        request: int,
+        limit: int,
+        index: int = 0,
+    ) -> "Sequence":
+        """Answer `index` to a prompt, of at most `limit` tokens, before its first step."""
+        known = list(prompt)
+        return cls(
+            request=request,
+            index=index,
+            prompt_tokens=len(known),
+            known=known,
+            sampling=sampling,
+            limit=limit,
+            stop_ids=sampling.stops(tokenizer.stop_ids),
+            generator=sampling.generator(index),
+            decode=tokenizer.decode_stream(),
+            stop_text=StopText(sampling.stop),
+        )
 
     @property
     def rank(self) -> tuple[int, int, int]:
