@@ -36,6 +36,12 @@ struct Pages {
     Kind kind = BF16;  // F32, BF16 or INT8
 };
 
+// The pages of a key head that are met, in this order.
+struct Met {
+    const int32_t* pages = nullptr;
+    int count = 0, kv_head = 0;
+};
+
 // Rows [first, first + count) of one sequence at successive positions, asking with heads [head, head + group) of one key head.
 struct Query {
     const float* q = nullptr;  // of the first row and head
@@ -43,6 +49,7 @@ struct Query {
     size_t q_stride = 0, out_stride = 0;
     int count = 0, position = 0, head = 0, group = 0;
     const int32_t* pages = nullptr;  // the sequence's page numbers
+    Met next;                        // of what this thread is asked next, which is fetched from memory meanwhile
 };
 
 // What codes are worth: code * scale; `zero` as in Input.

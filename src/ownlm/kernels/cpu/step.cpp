@@ -159,7 +159,8 @@ class Step {
 
     void product(Member& member, const Matrix& w, const Input& in, int count, float* y, size_t stride, bool add) {
         const int tiles = w.tile_count();
-        const int piece = std::max(1, std::min(8, tiles / (member.threads() * 8)));
+        int piece = std::max(1, std::min(8, tiles / (member.threads() * 8)));
+        if (piece > 1) piece = round_up(piece, 2);  // tiles are computed in pairs
         member.share(tiles, piece, [&](int t0, int t1) { kernels.matmul(w, in, count, y, stride, add, t0, t1); });
     }
 
@@ -175,13 +176,20 @@ class Step {
         // One key head and its queries are a piece of work; where there are fewer pieces than threads, fewer queries.
         const int group = H / K, parts = pieces(part.runs * K, group, member.threads());
         const Heads heads{H, K, d, spec.scale, spec.softcap, spec.window, layer.sinks};
-        member.share(part.runs * K * parts, 1, [&](int begin, int end) {
+        const auto met = [&](int i) {
+            const Run run = runs[i / (K * parts)];
+            const int first = spec.window ? std::max(0, rows.position[run.first] - spec.window + 1) / PAGE : 0;
+            return Met{rows.pages + size_t(rows.sequence[run.first]) * rows.pages_of_each + first,
+                       (rows.position[run.first] + run.count - 1) / PAGE - first + 1, i / parts % K};
+        };
+        const int items = part.runs * K * parts;
+        member.share(items, std::max(1, std::min(16, items / (8 * member.threads()))), [&](int begin, int end) {
             for (int i = begin; i < end; i++) {
                 const Run run = runs[i / (K * parts)];
                 const int kv_head = i / parts % K, head = kv_head * group + i % parts * (group / parts);
                 const Query query{m.qkv.row(run.first) + size_t(head) * d, m.a.row(run.first) + size_t(head) * d, m.qkv.stride, m.a.stride,
                                   run.count, rows.position[run.first], head, group / parts,
-                                  rows.pages + size_t(rows.sequence[run.first]) * rows.pages_of_each};
+                                  rows.pages + size_t(rows.sequence[run.first]) * rows.pages_of_each, i + 1 < end ? met(i + 1) : Met{}};
                 kernels.attend(heads, pages, kv_head, query, m.scratch[member.id]);
             }
         });

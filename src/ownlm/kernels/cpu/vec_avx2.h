@@ -15,6 +15,7 @@ constexpr bool UNSIGNED_INT8 = true;
 #else
 constexpr bool UNSIGNED_INT8 = false;  // the product of bytes saturates beyond 127 * 127, so int8 weights keep their sign
 #endif
+constexpr bool TILES_IN_PAIRS = false;
 
 inline vf zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

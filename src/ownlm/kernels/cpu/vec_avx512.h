@@ -11,6 +11,7 @@ struct vi { __m512i v; };  // 16 int32
 struct vb { __m512i v; };  // 64 bytes
 
 constexpr bool UNSIGNED_INT8 = true;  // products read int8 weights as byte = value + 128
+constexpr bool TILES_IN_PAIRS = true;  // of integers: registers hold the sums of two tiles and eight rows
 
 inline vf zero() { return {_mm512_setzero_ps()}; }
 inline vf set1(float x) { return {_mm512_set1_ps(x)}; }

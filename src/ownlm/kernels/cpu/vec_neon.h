@@ -11,6 +11,7 @@ struct vi { int32x4_t v[4]; };
 struct vb { uint8x16_t v[4]; };
 
 constexpr bool UNSIGNED_INT8 = false;  // the products are of signed bytes, so int8 weights keep their sign
+constexpr bool TILES_IN_PAIRS = false;
 
 // Each quarter i by itself.
 #define OWNLM_QUARTERS(type, expression)         \

@@ -17,6 +17,7 @@ struct vi { Ints v; };
 struct vb { Words v; };  // 64 bytes, lane by lane
 
 constexpr bool UNSIGNED_INT8 = false;
+constexpr bool TILES_IN_PAIRS = false;
 
 inline vf zero() { return {Floats{}}; }
 inline vf set1(float x) { return {Floats{} + x}; }
