@@ -64,6 +64,8 @@ class Unread:
     @contextmanager
     def lend(self, part: str) -> Iterator[None]:
         """The weights of a layer ("layers.3"), or "" for all that is in no layer, for as long as the context lasts."""
+        here = self.model.get_submodule(part)  # of a whole model each call would look at all its modules
+        start = len(f"{part}." if part else "")
         tensors: dict[str, Tensor] = {}
         modules: list[nn.Module] = []
         try:
@@ -72,11 +74,12 @@ class Unread:
                     modules.append(self.model.get_submodule(name))
                     modules[-1].blocks = value  # type: ignore[assignment]
                 else:
-                    tensors[name] = value
-            self.model.load_state_dict(tensors, assign=True, strict=False)
+                    tensors[name[start:]] = value
+            here.load_state_dict(tensors, assign=True, strict=False)
             yield
         finally:
-            self.model.load_state_dict({name: self._shapes[name] for name in tensors}, assign=True, strict=False)
+            blanks = {name: self._shapes[f"{part}.{name}" if part else name] for name in tensors}
+            here.load_state_dict(blanks, assign=True, strict=False)
             tensors.clear()
             for module in modules:
                 module.blocks = None  # type: ignore[assignment]
