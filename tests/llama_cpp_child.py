@@ -5,6 +5,7 @@
     {"model": path, "hidden": [ids]}                 ─►  {"hidden": [[…] of each token]}, of an encoder
     {"model": path, "texts": ["…"]}                  ─►  {"ids": [[…]]}; "framed": with what stands around a text
     {"quantize": [type, row], "numbers": path, "out": path}  ─►  {"seconds": …}, by ggml's own quantiser, on one core
+    {"mixture": number, "model": path, "out": path}          ─►  {"failed": 0}: the file in a mixture of types, 15 is Q4_K_M
 
 One request a line on standard input, one answer a line on standard output; llama.cpp's own log goes nowhere.
 """
@@ -29,6 +30,11 @@ def silent(level: int, text: bytes, data: Any) -> None:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     if "quantize" in request:
         return {"seconds": ggml_quantize(*request["quantize"], request["numbers"], request["out"])}
+    if "mixture" in request:
+        wanted = llama_cpp.llama_model_quantize_default_params()
+        wanted.ftype = request["mixture"]
+        paths = (request[name].encode() for name in ("model", "out"))
+        return {"failed": llama_cpp.llama_model_quantize(*paths, ctypes.byref(wanted))}
     settings = llama_cpp.llama_model_default_params()
     settings.vocab_only = "texts" in request
     settings.n_gpu_layers = 0
