@@ -53,7 +53,7 @@ def quantize(
     workspace: Workspace | None = None,
     reporter: Reporter | None = None,
 ) -> Artifact:
-    """A checkpoint in integers of 8 or 4 bits, NAME-int8 or NAME-int4; what it costs is in `facts["held_out"]`.
+    """A checkpoint in integers of 8 or 4 bits or floats of 8, NAME-int8 and so on; what it costs is in `facts["held_out"]`.
 
     ref        a checkpoint or an adapter, which comes with its base
     method     "gptq" calibrates on text (decoders; the default there), "rtn" rounds every weight to the nearest value

@@ -309,7 +309,7 @@ COMMANDS: dict[str, Command] = {
             (
                 "--kind",
                 {
-                    "choices": ("f32", "bf16", "int8", "int4", "uint4"),
+                    "choices": ("f32", "bf16", "int8", "int4", "uint4", "fp8"),
                     "default": None,
                     "help": "precision of the weights (default: that in which the model runs)",
                 },
@@ -343,7 +343,14 @@ COMMANDS: dict[str, Command] = {
                     "help": "a checkpoint or an adapter: name, name@version, a folder, or hf:owner/name",
                 },
             ),
-            ("--to", {"required": True, "choices": ("int8", "int4"), "help": "8.5 or 4.5 bits for each weight"}),
+            (
+                "--to",
+                {
+                    "required": True,
+                    "choices": ("int8", "int4", "fp8"),
+                    "help": "8.5, 4.5 or 8 bits for each weight; fp8 is what recent GPUs multiply as it is",
+                },
+            ),
             (
                 "--method",
                 {
@@ -360,7 +367,7 @@ COMMANDS: dict[str, Command] = {
                     "help": "documents or a file of text to calibrate on (default: what the checkpoint was made from)",
                 },
             ),
-            ("--name", {"default": None, "help": "name of what is made (default: NAME-int8 or NAME-int4)"}),
+            ("--name", {"default": None, "help": "name of what is made (default: NAME-int8 and so on)"}),
         ),
     ),
     "export": Command(

@@ -37,7 +37,7 @@ def logits(model: Decoder) -> Tensor:
     return model.logits(model(IDS))
 
 
-@pytest.mark.parametrize("to", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "uint4", "fp8"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_is_opened_computes_what_was_saved(name: str, to: Scheme, tmp_path: Path) -> None:
     model = made(name, to)

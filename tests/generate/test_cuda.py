@@ -1,4 +1,5 @@
-"""What only a GPU can do: graphs of steps, a cache as large as the GPU has room for, shards on several GPUs. Skipped without one."""
+"""What only a GPU can do: graphs of steps, a cache as large as the GPU has room for, shards on several GPUs, products of fp8. Skipped
+without one."""
 
 import gc
 from pathlib import Path
@@ -8,13 +9,16 @@ import torch
 from references import difference
 from test_cache import loud_decoder, tokens
 
-from ownlm.checkpoints.weights import save_model
+from ownlm.checkpoints.weights import load_model, save_codes, save_model
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.sampling import Sampling
 from ownlm.generate.static import CAPTURED_AFTER
 from ownlm.generate.torch_runner import PAGE, Line, TorchRunner
+from ownlm.quantization import fp8
+from ownlm.quantization.calibrate import quantize_decoder
+from ownlm.quantization.codes import QuantizedLinear, quantize
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -81,6 +85,42 @@ def test_shards_on_two_gpus_say_the_same_as_one(tmp_path: Path) -> None:
     assert model.ranks is not None
     model.ranks.close()
     gc.collect()
+
+
+def needs_fp8() -> None:
+    if not fp8.multiplies(torch.device("cuda")):
+        pytest.skip(f"needs a GPU of compute capability {'.'.join(map(str, fp8.CAPABILITY))} or more (Ada, Hopper)")
+
+
+@pytest.mark.parametrize("rows", [1, 17, 300])
+@pytest.mark.parametrize("columns", [256, 200])
+def test_products_of_fp8_are_those_of_the_rounded_numbers(rows: int, columns: int) -> None:
+    needs_fp8()
+    generator = torch.Generator().manual_seed(0)
+    kept, bias = quantize(torch.randn(144, columns, generator=generator), "fp8"), torch.randn(144, generator=generator)
+    x = torch.randn(rows, columns, generator=generator).bfloat16()
+    expected = fp8.reference(x, kept.codes, kept.scales, bias).float()
+    ours = fp8.product(x.cuda(), kept.codes.cuda(), kept.scales.cuda(), bias.cuda())
+    assert (ours.dtype, ours.shape) == (torch.bfloat16, (rows, 144))
+    torch.testing.assert_close(ours.cpu().float(), expected, atol=0.05, rtol=0.02)
+
+
+def test_a_checkpoint_in_fp8_stays_so(tmp_path: Path) -> None:
+    needs_fp8()
+    tiny = tiny_model()
+    quantize_decoder(tiny.decoder, "fp8")
+    save_codes(tiny.decoder, tmp_path)
+    tiny.tokenizer.save(tmp_path)
+    model = load(tmp_path)
+    assert isinstance(model, Model)
+    layer = model.decoder.layers[0].mlp.down_proj
+    assert isinstance(layer, QuantizedLinear)
+    assert (layer.codes.dtype, layer.codes.device.type) == (fp8.E4M3, "cuda")
+    numbers = load_model(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = numbers.logits(numbers(torch.tensor([[65, 66, 67]])))[0, -1]
+    assert torch.cosine_similarity(model.logits([[65, 66, 67]])[0, -1].cpu(), expected, dim=-1) > 0.98
+    assert model.generate("the", **FREE).text
 
 
 def test_an_engine_needs_no_more_memory_the_longer_it_runs() -> None:

@@ -11,6 +11,7 @@ from references import CONFIGS
 from torch import Tensor
 
 from ownlm.checkpoints.weights import load_model, save_codes, save_model
+from ownlm.generate.checkpoint import _multiplies_codes
 from ownlm.generate.model import Model
 from ownlm.generate.opening import load
 from ownlm.generate.runners import NativeRunner
@@ -19,6 +20,7 @@ from ownlm.kernels import library
 from ownlm.models.blank import blank
 from ownlm.models.decoder import Decoder
 from ownlm.models.families import from_hf
+from ownlm.quantization import fp8
 from ownlm.quantization.calibrate import matrices, quantize_decoder
 from ownlm.quantization.codes import Codes, QuantizedLinear, empty, quantized
 from ownlm.release.export import export
@@ -37,8 +39,8 @@ def saved(folder: Path, kind: str) -> Path:
     if kind == "gguf":
         export(folder, out=folder / "model.gguf", quantization="Q8_0")
         return folder / "model.gguf"
-    if kind == "codes":
-        quantize_decoder(model.decoder, "int8")
+    if kind in ("codes", "fp8"):
+        quantize_decoder(model.decoder, "int8" if kind == "codes" else "fp8")
         save_codes(model.decoder, folder)
     return folder
 
@@ -50,7 +52,7 @@ def loaded(path: Path, **fields: Any) -> Model:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["numbers", "codes", "gguf"])
+@pytest.mark.parametrize("kind", ["numbers", "codes", "fp8", "gguf"])
 def test_generation_leaves_the_modules_unread(kind: str, tmp_path: Path) -> None:
     model = loaded(saved(tmp_path, kind))
     first = model.generate("hello", **FREE)
@@ -74,6 +76,15 @@ def test_generation_leaves_the_modules_unread(kind: str, tmp_path: Path) -> None
     plain = Model(load_model(tmp_path, dtype=torch.float32, codes=True), model.tokenizer)
     if kind != "gguf":
         assert plain.generate("hello", **FREE).tokens == first.tokens
+
+
+def test_what_a_gpu_multiplies_stays_in_codes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which directories; what happens to them on a GPU is in test_cuda.py."""
+    folders = {kind: saved(tmp_path / kind, kind) for kind in ("numbers", "codes", "fp8", "gguf")}
+    for capable in (True, False):
+        monkeypatch.setattr(fp8, "multiplies", lambda device, capable=capable: capable)
+        kept = {kind for kind, path in folders.items() if _multiplies_codes(path, torch.device("cuda"))}
+        assert kept == ({"fp8"} if capable else set())
 
 
 @needs_kernels

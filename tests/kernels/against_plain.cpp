@@ -40,7 +40,7 @@ void compare(const Kernels& kernels, const std::string& what, const Floats& foun
     std::printf("%s %s: %.1e (at most %.0e)%s\n", kernels.name, what.c_str(), worst / most, bar, good ? "" : "  FAULT");
 }
 
-const char* const KIND_NAMES[] = {"f32", "bf16", "int8", "int4", "uint4"};
+const char* const KIND_NAMES[] = {"f32", "bf16", "int8", "int4", "uint4", "fp8"};
 
 // Rows of activations as a matrix of this kind reads them, with memory of their own.
 struct Ready {
@@ -78,7 +78,7 @@ void packing(const Kernels& kernels, const Kernels& plain) {
         return all;
     };
     const auto codes = bytes(N * K, 255), scales = bytes(N * K / GROUP * 2, 0x3f), minimums = bytes(N * K / GROUP * 2, 0x3f);
-    for (Kind kind : {INT8, INT4, UINT4}) {
+    for (Kind kind : {INT8, INT4, UINT4, FP8}) {
         Arena arena;
         filled(kernels, plain, arena, kind, N, K, {CODES, codes.data(), (const uint16_t*)scales.data(), (const uint16_t*)minimums.data()});
     }
@@ -99,7 +99,7 @@ void packing(const Kernels& kernels, const Kernels& plain) {
 void products(const Kernels& kernels, const Kernels& plain) {
     constexpr int N = 40, K = 96, ROWS = 13;
     const Floats weights = normal(N * K, 1), x = normal(ROWS * K, 2), bias = normal(48, 3);
-    for (Kind kind : {F32, BF16, INT8, INT4, UINT4}) {
+    for (Kind kind : {F32, BF16, INT8, INT4, UINT4, FP8}) {
         Arena arena;
         Packed packed = filled(kernels, plain, arena, kind, N, K, {FLOATS, (const uint8_t*)weights.data()});
         packed.bias = bias.data();
@@ -111,7 +111,7 @@ void products(const Kernels& kernels, const Kernels& plain) {
         };
         const std::string name = std::string("product ") + KIND_NAMES[kind];
         const Floats all = run(kernels, ROWS);
-        compare(kernels, name, all, run(plain, ROWS), kind == BF16 ? 1e-4 : 1e-5);
+        compare(kernels, name, all, run(plain, ROWS), kind == BF16 || kind == FP8 ? 1e-4 : 1e-5);
         for (int rows = 1; rows < ROWS; rows++) {
             Floats first(all.begin(), all.begin() + rows * 48);
             compare(kernels, name + " of " + std::to_string(rows) + " rows", run(kernels, rows), first, 0);

@@ -70,10 +70,12 @@ def adapter(model: Decoder, rank: int) -> Learned:
 
 def integers(model: Decoder, instruction_set: str) -> Iterator[NativeDecoder]:
     """The model in codes, and in blocks of a GGUF file where rows are whole ones."""
-    for to, type in (("int8", "Q8_0"), ("int4", "Q4_0"), ("int8", "Q5_0")):
+    for to, type in (("int8", "Q8_0"), ("int4", "Q4_0"), ("int8", "Q5_0"), ("fp8", None)):
         coded = copy.deepcopy(model)
         quantize_decoder(coded, to)  # type: ignore[arg-type]
         yield NativeDecoder(coded, instruction_set=instruction_set)
+        if type is None:
+            continue
         for module in coded.modules():
             if isinstance(module, QuantizedLinear) and module.in_features % 32 == 0:
                 weight = module.dequantized(torch.float32)
@@ -114,7 +116,7 @@ def main(instruction_set: str, overrun: bool) -> None:
 
 def layers() -> None:
     """Quantised layers by themselves: inputs and outputs that end within groups and tiles, with and without a gate."""
-    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4", "uint4"), (False, True)):
+    for size, scheme, gated in itertools.product((48, 130), ("int8", "int4", "uint4", "fp8"), (False, True)):
         mlp = MLP(50, FeedForward(size=size, gated=gated, bias=True))
         model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])})
         quantize_linears(model, scheme)

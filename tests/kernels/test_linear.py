@@ -40,14 +40,14 @@ def layer(inputs: int, outputs: int, scheme: Scheme) -> tuple[Codes, Tensor]:
 
 
 @pytest.mark.parametrize("instruction_set", library.instruction_sets())
-@pytest.mark.parametrize("scheme", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "uint4", "fp8"])
 @pytest.mark.parametrize(("inputs", "outputs", "rows"), [(32, 16, 1), (96, 40, 7), (50, 5, 9), (384, 130, 33)])
 def test_the_products_of_pytorch(inputs: int, outputs: int, rows: int, scheme: Scheme, instruction_set: str) -> None:
     kept, bias = layer(inputs, outputs, scheme)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)) * 3
     x[-1] = 0
     product = Product(kept, bias, instruction_set=instruction_set)
-    expected = F.linear(rounded(x), kept.tensor(), bias)
+    expected = F.linear(x.bfloat16().float() if scheme == "fp8" else rounded(x), kept.tensor(), bias)
     torch.testing.assert_close(product(x), expected, atol=2e-3, rtol=1e-4)
     exact = F.linear(x, kept.tensor(), bias)
     assert (product(x) - exact).norm() < 0.01 * exact.norm()
@@ -55,6 +55,23 @@ def test_the_products_of_pytorch(inputs: int, outputs: int, rows: int, scheme: S
     assert product(x[:0]).shape == (0, outputs)
     # What stands beside a row changes nothing in it.
     assert torch.equal(product(x)[:1], product(x[:1]))
+
+
+@pytest.mark.parametrize("instruction_set", library.instruction_sets())
+def test_every_code_of_fp8(instruction_set: str) -> None:
+    """Each of the 256 by itself in a row, in every column of a group, met by a one: exact, and NaN wherever a row holds it."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales = torch.rand(256, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    for column in range(GROUP):
+        held = torch.zeros(256, GROUP, dtype=torch.uint8)
+        held[:, column] = codes
+        kept = Codes("fp8", held.view(torch.float8_e4m3fn), scales, GROUP)
+        expected = kept.tensor()[:, column]
+        ours = Product(kept, instruction_set=instruction_set)(torch.eye(GROUP)).T
+        torch.testing.assert_close(ours[:, column], expected, rtol=0, atol=0, equal_nan=True)
+        assert ours[expected.isnan()].isnan().all()
+        others = torch.arange(GROUP) != column
+        assert ours[~expected.isnan()][:, others].eq(0).all()
 
 
 def test_training_and_copies_leave_the_kernels_out() -> None:
@@ -130,7 +147,7 @@ def outputs(model: Any, kind: str) -> Tensor:
         return model.logits(hidden) if model.task == "masked_lm" else hidden
 
 
-@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "t5-1.0", "mt5"])
 def test_whole_models(kind: str, to: Scheme, tmp_path: Path) -> None:
     """A quantised directory of an encoder or an encoder-decoder: written, opened as codes on the kernels, or as numbers."""
@@ -152,7 +169,7 @@ def test_whole_models(kind: str, to: Scheme, tmp_path: Path) -> None:
     assert torch.get_num_threads() == threads
     assert cosine(ours, outputs(numbers, kind)) > 0.995
     assert not torch.equal(ours, outputs(numbers, kind))
-    if to == "int8":  # four bits of loud random weights say nothing of trained ones
+    if to == "int8":  # few bits of loud random weights say nothing of trained ones
         assert cosine(ours, outputs(whole, kind)) > 0.98
     assert open_checkpoint(tmp_path / "codes", workspace=Workspace(tmp_path)).module.embed_tokens.weight.requires_grad
 

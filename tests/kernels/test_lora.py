@@ -19,7 +19,7 @@ from ownlm.models.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 LENGTH = 45
-KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4", "uint4")
+KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4", "uint4", "fp8")
 
 
 def learned(model: Decoder, rank: int, seed: int, targets: tuple[str, ...] | str = "all-linear") -> Learned:

@@ -75,7 +75,7 @@ def test_logits_are_those_of_the_modules(name: str, instruction_set: str) -> Non
     assert difference(ours, reference) <= BAR, name
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "uint4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "uint4", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "gpt-oss"])
 def test_every_instruction_set_gives_the_same_quantised_logits(name: str, kind: Kind) -> None:
     model = decoder(name)
@@ -111,7 +111,8 @@ def test_int8_takes_half_the_memory_of_bf16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "kv"), [("f32", None), ("bf16", None), ("int8", None), ("int4", None), ("f32", "int8"), ("int8", "int8")]
+    ("kind", "kv"),
+    [("f32", None), ("bf16", None), ("int8", None), ("int4", None), ("fp8", None), ("f32", "int8"), ("int8", "int8")],
 )
 def test_a_row_does_not_depend_on_its_neighbours(kind: Kind, kv: KV | None) -> None:
     model = decoder("mixtral")

@@ -7,15 +7,19 @@ from test_native import decoder, logits
 
 from ownlm.kernels import library
 from ownlm.kernels.native import NativeDecoder, text_logits, unsupported
+from ownlm.quantization import fp8
 from ownlm.quantization.calibrate import quantize_decoder
 from ownlm.quantization.codes import Scheme, quantize_linears
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
 
 
-@pytest.mark.parametrize("to", ["int8", "int4", "uint4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "uint4", "fp8"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_codes_give_the_logits_of_the_kernels_own_rounding(name: str, to: Scheme) -> None:
+def test_codes_give_the_logits_of_the_kernels_own_rounding(
+    name: str, to: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "best_scales", fp8.row_scales)  # the kernels don't search
     model = decoder(name)
     tokens = torch.randint(model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(1))
     by_kernels = NativeDecoder(model, to)

@@ -44,7 +44,7 @@ def test_numbers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     same(packed(opened(tmp_path, dtype)), NativeDecoder(load_model(tmp_path, dtype=dtype)))
 
 
-@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("to", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("name", ["llama3", "gpt2", "mixtral", "gemma3"])
 def test_codes(name: str, to: Scheme, tmp_path: Path) -> None:
     save_codes(made(name, to), tmp_path)

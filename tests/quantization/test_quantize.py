@@ -64,7 +64,9 @@ def test_half_precision_holds_every_scale() -> None:
         assert quantize(huge, scheme).tensor().isfinite().all()
 
 
-@pytest.mark.parametrize(("scheme", "bar"), [("int8", 0.27), ("int4", 0.15), ("uint4", 0.16), ("nf4", 0.15)])
+@pytest.mark.parametrize(
+    ("scheme", "bar"), [("int8", 0.27), ("int4", 0.15), ("uint4", 0.16), ("nf4", 0.15), ("fp8", 0.253)]
+)
 def test_the_base_gets_small(scheme: Scheme, bar: float) -> None:
     linear = nn.Linear(512, 384, bias=False)
     layer = QuantizedLinear(quantize(linear.weight, scheme))
@@ -73,7 +75,7 @@ def test_the_base_gets_small(scheme: Scheme, bar: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "fp8"])
 def test_it_trains_as_the_dequantised_model_does(name: str, scheme: Scheme) -> None:
     """Equal logits and gradients of the adapter; of the base nothing is kept for the backward pass but codes."""
     quantised, plain = model(name), model(name)

@@ -101,6 +101,16 @@ def test_it_makes_a_checkpoint_that_every_command_opens(
         quantized(workspace, "owl-int4")
 
 
+def test_floats_of_eight_bits(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "owl", "--to", "fp8"]) == 0
+    made = workspace.open("owl-fp8", "checkpoint")
+    assert 0 < made.facts["held_out"]["kl"] < 0.05
+    assert 8 < made.facts["quantization"]["bits_per_weight"] < 12  # small rows, whose scales have 32 bits
+    assert main(["show", "owl-fp8"]) == 0
+    assert "quantization.to = fp8" in capsys.readouterr().out
+    assert ownlm.load(made.ref, workspace=workspace).generate("the quick", max_tokens=3).tokens
+
+
 def test_without_kernels_it_opens_as_numbers(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     made = quantized(workspace, to="int8", method="rtn")
     monkeypatch.setattr(library, "library", lambda: None)

@@ -25,7 +25,8 @@ from ownlm.quantization.calibrate import Quantizable, matrices, quantizable
 from ownlm.quantization.codes import GROUP, Codes, Scheme, empty, plain, quantized
 
 SETTINGS = {"quant_method": "ownlm", "group": GROUP}
-SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4"}
+SCHEMES: dict[torch.dtype, Scheme] = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}
+CODED = (".codes", ".scales", ".minimums")
 
 
 def is_quantised(hf: Mapping[str, Any]) -> bool:
@@ -80,9 +81,9 @@ def load(
 
 
 def fill(model: Quantizable, maps: Sequence[Mapped], dtype: torch.dtype | None) -> None:
-    """Codes and scales as views of the files, everything else in `dtype` (None: that of the first number that is no scale)."""
+    """Codes and scales as views of the files, everything else in `dtype` (None: that of the first of it)."""
     tensors = {name: one.tensor(name) for one in maps for name in one.entries}
-    kept = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.dtype not in (torch.float16, *SCHEMES))
+    kept = dtype or next(tensor.dtype for name, tensor in tensors.items() if not name.endswith(CODED))
     parameters = dict(model.named_parameters())
     placed = {name: tensor.to(kept, copy=True) if name in parameters else tensor for name, tensor in tensors.items()}
     model.load_state_dict(placed, assign=True)
@@ -117,7 +118,7 @@ def _match(ours: Mapping[str, Tensor], entries: Mapping[str, Entry], where: str)
         entry = entries.get(name)
         if entry is None:
             continue
-        is_code = name.endswith((".codes", ".scales", ".minimums"))
+        is_code = name.endswith(CODED)
         if entry.shape != tuple(tensor.shape):
             faults.append(f"tensor {name} has shape {entry.shape}, the config asks for {tuple(tensor.shape)}")
         elif entry.dtype != tensor.dtype if is_code else not entry.dtype.is_floating_point:

@@ -40,6 +40,7 @@ PRODUCT: dict[Kind, str] = {
     "int8": "int8",
     "int4": "int8",
     "uint4": "int8",
+    "fp8": "bf16",
 }  # what weights are multiplied as
 
 

@@ -12,12 +12,13 @@ from ownlm.adapters.tuning import with_head_of
 from ownlm.artifact import Artifact, Workspace
 from ownlm.checkpoints.coded import is_quantised
 from ownlm.checkpoints.unread import Unread, open_unread
-from ownlm.checkpoints.weights import load_model
+from ownlm.checkpoints.weights import load_model, read_headers
 from ownlm.errors import ArtifactError, UserError
 from ownlm.formats.settings import read_json
 from ownlm.generate.parallel import Ranks
 from ownlm.kernels import library, native
 from ownlm.kernels.linear import accelerate
+from ownlm.quantization import fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,9 @@ def open_checkpoint(
 
     adapter          another adapter to merge into the model: a reference, or a directory in PEFT's format
     dtype            of the weights; None: as they are stored (float32 after a merge)
-    for_kernels      leave a decoder's weights in its files, quantised ones in their integers, where the native kernels can take them
-                     from there and nothing is merged; of other quantised models the layers are on the kernels
+    for_kernels      leave a decoder's weights in its files, quantised ones in their codes, where the native kernels can take them
+                     from there and nothing is merged; of other quantised models the layers are on the kernels. Weights in fp8 stay so
+                     on a GPU that multiplies it
     tensor_parallel  processes that the model is split over
     Raises NotFound, ArtifactError when a file is damaged or missing.
     """
@@ -89,9 +91,9 @@ def open_checkpoint(
         return Checkpoint(
             module=unread.model, path=path, name=name, ref=full_ref, digest=digest, merged=False, unread=unread
         )
-    codes = native_here and _has_layers_in_codes(path)
+    codes = for_kernels and not adapters and _multiplies_codes(path, torch.device(device))
     module = load_model(path, dtype=torch.float32 if adapters else dtype, device=device, codes=codes)
-    if codes:
+    if codes and native_here:
         accelerate(module)
     for one in adapters:
         folder = adapter_folder(one, workspace)[0]
@@ -131,9 +133,15 @@ def _unread(path: Path, dtype: torch.dtype) -> Unread | None:
     return found if found is not None and native.unsupported(found.model) is None else None
 
 
-def _has_layers_in_codes(path: Path) -> bool:
-    """True for a quantised directory of another kind than a decoder that writes, where there are kernels for its layers."""
-    return path.is_dir() and is_quantised(read_json(path / "config.json")) and library.library() is not None
+def _multiplies_codes(path: Path, device: torch.device) -> bool:
+    """Whether the layers of a quantised directory are multiplied as they lie: on a CPU of another kind of model than a decoder that
+    writes, where there are kernels; on a GPU that has fp8, of models in that."""
+    if not path.is_dir() or not is_quantised(read_json(path / "config.json")):
+        return False
+    if device.type == "cpu":
+        return library.library() is not None
+    held = [entry.dtype for entries in read_headers(path).values() for entry in entries.values()]
+    return fp8.E4M3 in held and fp8.multiplies(device)
 
 
 def base_of(adapter: Artifact, workspace: Workspace) -> Artifact:

@@ -33,7 +33,8 @@ BYTES: dict[Kind, float] = {
     "int8": 1 + 2 / 32,
     "int4": 0.5 + 2 / 32,
     "uint4": 0.5 + 4 / 32,
-}  # of a weight, its scale and minimum included
+    "fp8": 1,
+}  # of a weight, its scale and minimum included where they aren't a whole row's
 
 
 class Measured(Protocol):

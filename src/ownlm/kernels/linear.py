@@ -4,7 +4,8 @@
                          each MLP of such layers has one too: y = down(act(gate(x)) * up(x)), what stands between never leaving the cores
 
 A decoder's whole step is native (native.py). Here PyTorch does all but the products with weights in integers, which meet
-activations in int8 with a scale for every 32 of them, by the same code as in decoders. Weights in floats are left to PyTorch.
+activations in int8 with a scale for every 32 of them, or in fp8, which meet bf16, by the same code as in decoders. Others are left to
+PyTorch.
 
 PyTorch's threads go on spinning for some milliseconds after each of its operations, on the cores that ours need. So the cores are
 divided: within a block PyTorch has half of them, and the kernels the rest.
@@ -103,7 +104,7 @@ def _layers(mlp: MLP) -> tuple[nn.Module | None, ...]:
 
 
 def accelerate(model: nn.Module) -> bool:
-    """Let the kernels multiply for the model's layers in integers, in inference on the CPU. False where there are no kernels."""
+    """Let the kernels multiply for the model's layers in codes, in inference on the CPU. False where there are no kernels."""
     if lib.library() is None:
         return False
     all_threads, (theirs, _) = torch.get_num_threads(), teams()

@@ -3,9 +3,9 @@
     NativeDecoder(model, "int8") ── cache(pages) ──► PagedCache ── step(rows of token, sequence, position) ──► logits
 
 Every `DecoderConfig` runs: what a layer is, is told to the C++ by the same frozen data that builds the PyTorch modules. Weights are
-float32, bf16, or integers in groups of 32 inputs (quantization/codes.py); activations meet integers as int8 with a scale per group.
-Norms, softmax and sums are float32. Keys and values are kept in bf16, in float32 for float32 weights, or as asked: int8 has a scale
-for each position and head, half the memory of bf16.
+float32, bf16, integers in groups of 32 inputs, or fp8 (quantization/codes.py); activations meet integers as int8 with a scale per
+group, fp8 as bf16. Norms, softmax and sums are float32. Keys and values are kept in bf16, in float32 for float32 weights, or as asked:
+int8 has a scale for each position and head, half the memory of bf16.
 
 Shapes: R rows, W wanted rows, V vocabulary, D hidden size, S sequences.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ownlm import device
 from ownlm.errors import UserError
 from ownlm.kernels import library as lib
-from ownlm.kernels.sources import INTEGERS, Kind, Weight, addresses, by_row, default_kind, pieces, together, weight_of
+from ownlm.kernels.sources import CODINGS, Kind, Weight, addresses, by_row, default_kind, pieces, together, weight_of
 from ownlm.models.blocks import MLP, Block, MoE, RMSNorm
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
@@ -35,7 +35,7 @@ from ownlm.quantization.codes import Quantized
 if TYPE_CHECKING:
     from ownlm.kernels.adapters import NativeAdapter
 
-KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "uint4": 4}
+KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "uint4": 4, "fp8": 5}
 KV = Literal["f32", "bf16", "int8"]  # of keys and values
 PAGE = 32  # positions
 GROUP = 32  # inputs that share a scale
@@ -111,7 +111,7 @@ class NativeDecoder:
         found = lib.library()
         assert found is not None, "ask `unsupported` first"
         self.config, self._lib, self.kind = model.config, found, kind or default_kind(model)
-        self._numbers: Kind = "bf16" if kind is None and self.kind in INTEGERS else self.kind
+        self._numbers: Kind = "bf16" if kind is None and self.kind in CODINGS else self.kind
         self.max_tokens = min(max_tokens or model.config.max_tokens, model.config.max_tokens)
         self.instruction_set = instruction_set or lib.instruction_set()
         _, self.head_dim = model.config.kv_shape
@@ -183,7 +183,7 @@ class NativeDecoder:
     # ---- packing
 
     def _whole(self, model: Decoder) -> None:
-        table: Kind = "int8" if self._numbers in INTEGERS and not model.config.tie_embeddings else self._numbers
+        table: Kind = "int8" if self._numbers in CODINGS and not model.config.tie_embeddings else self._numbers
         bias = model.lm_head_bias
         self._matrix(0, EMBED, [weight_of(model.embed_tokens)], bias=None if bias is None else [bias], kind=table)
         if model.lm_head is None:

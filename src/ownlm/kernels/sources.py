@@ -1,7 +1,7 @@
 """What weights come as, and how they are handed to the packing in C++: numbers, codes, or blocks of a GGUF file.
 
-Matrices that are packed as one (q, k and v) become one kind: codes of several kinds int8, of the same values but for those of uint4, which
-are rounded; codes beside numbers numbers.
+Matrices that are packed as one (q, k and v) become one kind: integers of several kinds int8, of the same values but for those of uint4,
+which are rounded; codes beside numbers, or fp8 beside integers, numbers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +15,9 @@ from ownlm.models.decoder import Decoder
 from ownlm.quantization.codes import Codes, Quantized
 from ownlm.quantization.recode import exactly, scheme_of, widened
 
-Integers = Literal["int8", "int4", "uint4"]
-Kind = Literal["f32", "bf16", "int8", "int4", "uint4"]
-INTEGERS: tuple[Integers, ...] = get_args(Integers)
+Coding = Literal["int8", "int4", "uint4", "fp8"]
+Kind = Literal["f32", "bf16", "int8", "int4", "uint4", "fp8"]
+CODINGS: tuple[Coding, ...] = get_args(Coding)
 Weight: TypeAlias = Tensor | Codes | Blocks
 WeightsState: TypeAlias = tuple[tuple[int, int, torch.dtype], ...]
 # `Source` of cpu/model.h.
@@ -47,7 +47,7 @@ def numbers(weight: Weight) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.tensor()
 
 
-def kept_kind(weight: Codes | Blocks) -> Integers:
+def kept_kind(weight: Codes | Blocks) -> Coding:
     scheme = scheme_of(weight.type) if isinstance(weight, Blocks) else weight.scheme
     assert scheme != "nf4", "ask `unsupported` first"
     return scheme
@@ -58,17 +58,17 @@ def default_kind(model: Decoder) -> Kind:
     kept = [module for module in model.modules() if isinstance(module, Quantized)]
     if kept:
         schemes = [kept_kind(module.kept) for module in kept]
-        return max(INTEGERS, key=schemes.count)
+        return max(CODINGS, key=schemes.count)
     return "bf16" if model.dtype == torch.bfloat16 else "f32"
 
 
 def together(parts: Sequence[Weight], kind: Kind) -> tuple[Sequence[Weight], Kind]:
-    """Parts of one matrix in one kind: that of their codes, or `kind` where there are numbers among them."""
-    if any(isinstance(part, Tensor) for part in parts):
+    """Parts of one matrix in one kind: that of their codes, or `kind` where there are numbers among them or codes of no common kind."""
+    kinds = {"numbers" if isinstance(part, Tensor) else kept_kind(part) for part in parts}
+    if "numbers" in kinds or ("fp8" in kinds and len(kinds) > 1):
         return [numbers(part) for part in parts], kind
-    kinds = {kept_kind(part) for part in parts if not isinstance(part, Tensor)}
     if len(kinds) == 1:
-        return parts, kinds.pop()
+        return parts, kinds.pop()  # type: ignore[return-value]
     return [widened(part) if isinstance(part, Codes) else part for part in parts], "int8"
 
 

@@ -93,6 +93,10 @@ class Coded(nn.Module):
 
     product: Callable[[Tensor], Tensor] | None = None
 
+    def quick(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What multiplies by the codes without making the numbers again, where there is that for x and nothing is trained: x W' + b."""
+        return self.product if x.device.type == "cpu" and not torch.is_grad_enabled() else None
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """(O, I): the numbers that the codes stand for, made on the spot."""
         raise NotImplementedError
@@ -106,8 +110,8 @@ def matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def read_out(hidden: Tensor, head: nn.Module, bias: Tensor | None = None) -> Tensor:
     """(…, D) -> (…, V): hidden states through a head without a bias of its own, a Linear or an Embedding, in codes or not."""
-    product = head.product if isinstance(head, Coded) else None
-    if product is None or torch.is_grad_enabled() or hidden.device.type != "cpu":
+    product = head.quick(hidden) if isinstance(head, Coded) else None
+    if product is None:
         return F.linear(hidden, matrix(head, hidden.dtype), bias)
     return product(hidden) if bias is None else product(hidden) + bias
 

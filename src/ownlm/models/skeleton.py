@@ -65,5 +65,5 @@ class Skeleton(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in fp32, the product in the weights' dtype."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return read_out(self.head_input(hidden), head, self.head_bias).float()
+        x = self.head_input(hidden)
+        return (read_out(x, self.embed_tokens, self.head_bias) if self.lm_head is None else self.lm_head(x)).float()

@@ -2,6 +2,7 @@
 
     int8   every matrix of the layers, the head and the embedding
     int4   the same; an embedding that is no head stays in int8, for its rows are looked up and not summed over
+    fp8    as int4
 
 Encoders and encoder-decoders are rounded to the nearest (`quantize_rest`). Norms, biases, routers, learned positions and heads of
 labels stay as they are. Of calibration text only the hidden states at one depth are in memory,

@@ -1,21 +1,23 @@
-"""Weights kept as small integers, one scale (half precision) for each group of 32 inputs.
+"""Weights kept in few bits: small integers, one scale (half precision) for each group of 32 inputs, or floats of 8 bits.
 
     int8   code * scale, code from -127 to 127       1 byte + ½ bit per weight, 8.5 bits in all; llama.cpp's Q8_0
     int4   (code - 8) * scale, code from 0 to 15     4.5 bits; llama.cpp's Q4_0
     uint4  code * scale + minimum, code as of int4   5 bits; llama.cpp's Q4_1, and what its Q4_K becomes (recode.py)
     nf4    NF4[code] * scale                         4.5 bits; the base of QLoRA (arXiv:2305.14314)
+    fp8    code * scale, code a float8_e4m3fn        8 bits; one scale (float32) for a whole row (fp8.py)
 
 `quantize` rounds to the nearest value; `gptq.py` chooses codes by what they do to the outputs. A model of these layers computes in
 PyTorch by making the weights of a product again and dropping them after it, forward and backward; gradients flow to the input only.
 The native kernels take codes and scales of int8, int4 and uint4 as they lie.
 
-Shapes: O outputs, I inputs, G groups of a row, P the bytes of its codes, E experts.
+Shapes: O outputs, I inputs, G groups of a row (1 in fp8), P the bytes of its codes, E experts.
 """
 
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -28,8 +30,10 @@ from ownlm.formats.ggml import Blocks
 from ownlm.models.blank import blank
 from ownlm.models.blocks import Coded, MoE, Stack, gated
 from ownlm.models.specs import FeedForward
+from ownlm.quantization import fp8
 
-Scheme = Literal["int8", "int4", "uint4", "nf4"]
+Scheme = Literal["int8", "int4", "uint4", "nf4", "fp8"]
+WHOLE_BYTES: dict[Scheme, torch.dtype] = {"int8": torch.int8, "fp8": fp8.E4M3}  # a code each; of the others two
 GROUP = 32
 LARGEST_HALF = 65_504.0
 
@@ -55,8 +59,9 @@ LEVELS: dict[Scheme, tuple[float, ...]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """A matrix, or a stack of them: codes (…, O, P), int8 or two of four bits in a uint8, the even column in the low half; scales
-    (…, O, G) float16, and so the minimums of uint4. I is rounded up to whole groups, with zeros; `columns` is I."""
+    """A matrix, or a stack of them: codes (…, O, P), int8, float8_e4m3fn, or two of four bits in a uint8, the even column in the low half;
+    scales (…, O, G) float16, in fp8 float32, and float16 minimums of uint4. I is rounded up to whole groups of 32, with zeros;
+    `columns` is I."""
 
     scheme: Scheme
     codes: Tensor
@@ -85,15 +90,25 @@ class Codes:
         minimums = None if self.minimums is None else change(self.minimums)
         return Codes(self.scheme, change(self.codes), change(self.scales), self.columns, minimums)
 
+    def multiply(self, x: Tensor) -> bool:
+        """Whether `product` is there for x: where x is, codes of this shape are multiplied as they lie, and nothing is trained."""
+        fits = self.scheme == "fp8" and self.codes.shape[-2] % fp8.MULTIPLE == 0  # its columns are whole groups
+        return fits and not torch.is_grad_enabled() and fp8.multiplies(x.device)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W' + b of a matrix."""
+        return fp8.product(x, self.codes, self.scales, bias)
+
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(…, O, I): the weights that the codes stand for."""
-        if self.scheme == "int8":
+        if self.scheme in WHOLE_BYTES:
             unit = self.codes.float()
         else:
             levels = torch.tensor(LEVELS[self.scheme], device=self.codes.device)
             both = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=-1)  # what each byte stands for
-            unit = F.embedding(self.codes.int(), both)
-        weight = unit.view(*self.scales.shape, GROUP).mul_(self.scales.float().unsqueeze(-1))
+            unit = F.embedding(self.codes.int(), both).flatten(-2)
+        weight = unit.view(*self.scales.shape, unit.shape[-1] // self.scales.shape[-1])
+        weight.mul_(self.scales.float().unsqueeze(-1))
         if self.minimums is not None:
             weight.add_(self.minimums.float().unsqueeze(-1))
         return weight.flatten(-2)[..., : self.columns].to(dtype)
@@ -101,17 +116,22 @@ class Codes:
 
 def quantize(weight: Tensor, scheme: Scheme) -> Codes:
     """A weight (…, O, I) rounded to the nearest values. Of each group the number farthest from zero gets 127, or -8 in its own sign, as
-    in llama.cpp's Q8_0 and Q4_0; in nf4 it gets 1 or -1. In uint4 the least gets 0 and the greatest 15."""
+    in llama.cpp's Q8_0 and Q4_0; in nf4 it gets 1 or -1. In uint4 the least gets 0 and the greatest 15. In fp8 the number farthest from
+    zero in a row gets what serves the row best, from 224 to 448."""
     groups = in_groups(weight)
     if scheme == "uint4":
         least, most = groups.aminmax(dim=-1)
         scales, minimums = as_half((most - least) / 15), as_half(least)
         codes = rounded(groups - minimums.float().unsqueeze(-1), scales.float(), scheme)
         return packed(codes, scales, scheme, weight.shape[-1], minimums)
-    largest = groups.abs().amax(-1)
-    if scheme == "int4":
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
-    scales = as_half(largest / 127 if scheme == "int8" else largest)
+    if scheme == "fp8":
+        groups = groups.flatten(-2).unsqueeze(-2)  # the row is one group
+        scales = fp8.best_scales(groups)[..., 0]
+    else:
+        largest = groups.abs().amax(-1)
+        if scheme == "int4":
+            largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+        scales = as_half(largest / 127 if scheme == "int8" else largest)
     return packed(rounded(groups, scales.float(), scheme), scales, scheme, weight.shape[-1])
 
 
@@ -125,21 +145,28 @@ def as_half(scales: Tensor) -> Tensor:
     return scales.clamp(-LARGEST_HALF, LARGEST_HALF).half()
 
 
-def rounded(numbers: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
-    """The nearest whole numbers (of nf4: levels, counted) to groups (…, GROUP) in units of their scales (…), as floats."""
-    units = numbers * torch.where(scales == 0, 0.0, 1.0 / scales).unsqueeze(-1)
-    if scheme == "nf4":
-        levels = units.new_tensor(NF4)
-        return torch.bucketize(units, (levels[1:] + levels[:-1]) / 2).float() - 8
+def nearest(units: Tensor, scheme: Scheme) -> Tensor:
+    """The nearest of a scheme's numbers to numbers in units of their scale, as floats; not for nf4."""
+    if scheme == "fp8":
+        return fp8.nearest(units).float()
     low, high = LIMITS[scheme]
     return units.round().clamp_(low, high)
 
 
+def rounded(numbers: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """The nearest whole numbers (of nf4: levels, counted; of fp8: floats of 8 bits) to groups (…, g) in units of their scales (…)."""
+    units = numbers * torch.where(scales == 0, 0.0, 1.0 / scales).unsqueeze(-1)
+    if scheme == "nf4":
+        levels = units.new_tensor(NF4)
+        return torch.bucketize(units, (levels[1:] + levels[:-1]) / 2).float() - 8
+    return nearest(units, scheme)
+
+
 def packed(numbers: Tensor, scales: Tensor, scheme: Scheme, columns: int, minimums: Tensor | None = None) -> Codes:
-    """The codes of what `rounded` gave, (…, G, GROUP), with their scales and minimums (…, G) in half precision."""
+    """The codes of what `rounded` gave, (…, G, g), with their scales and minimums (…, G)."""
     flat = numbers.flatten(-2)
-    if scheme == "int8":
-        return Codes(scheme, flat.to(torch.int8), scales, columns)
+    if scheme in WHOLE_BYTES:
+        return Codes(scheme, flat.to(WHOLE_BYTES[scheme]), scales, columns)
     codes = (flat if scheme == "uint4" else flat + 8).to(torch.uint8)
     return Codes(scheme, codes[..., ::2] | codes[..., 1::2] << 4, scales, columns, minimums)
 
@@ -148,8 +175,10 @@ def empty(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
     """Room for the codes of a weight (…, O, I)."""
     *outer, columns = shape
     groups = -(-columns // GROUP)
-    narrow = scheme != "int8"
-    codes = torch.empty(*outer, groups * GROUP // (1 + narrow), dtype=torch.uint8 if narrow else torch.int8)
+    dtype = WHOLE_BYTES.get(scheme)
+    codes = torch.empty(*outer, groups * GROUP // (2 if dtype is None else 1), dtype=dtype or torch.uint8)
+    if scheme == "fp8":
+        return Codes(scheme, codes, torch.empty(*outer, 1), columns)
     scales, minimums = torch.empty(2, *outer, groups, dtype=torch.float16)
     return Codes(scheme, codes, scales, columns, minimums if scheme == "uint4" else None)
 
@@ -176,6 +205,10 @@ class Quantized(Coded):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return self.kept.tensor(dtype)
 
+    def quick(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        kept = self.kept
+        return partial(kept.product, bias=getattr(self, "bias", None)) if kept.multiply(x) else super().quick(x)
+
 
 class QuantizedLinear(Quantized):
     """A frozen nn.Linear; it computes in the dtype of x."""
@@ -186,8 +219,8 @@ class QuantizedLinear(Quantized):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.product is not None and not torch.is_grad_enabled() and x.device.type == "cpu":
-            return self.product(x)
+        if (product := self.quick(x)) is not None:
+            return product(x)
         y: Tensor = FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -232,8 +265,11 @@ class QuantizedStack(nn.Module):
         return part.kept
 
     def linear(self, x: Tensor, name: str, expert: int) -> Tensor:
-        bias = getattr(self, f"{name}_bias")
-        return F.linear(x, self.kept(name)[expert].tensor(x.dtype), None if bias is None else bias[expert].to(x.dtype))
+        bias, kept = getattr(self, f"{name}_bias"), self.kept(name)[expert]
+        bias = None if bias is None else bias[expert]
+        if kept.multiply(x):
+            return kept.product(x, bias)
+        return F.linear(x, kept.tensor(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def forward(self, x_ND: Tensor, expert: int) -> Tensor:
         inner = gated(self.linear(x_ND, "gate_proj", expert), self.linear(x_ND, "up_proj", expert), self.spec)

@@ -6,7 +6,7 @@ what that adds to the outputs is taken back by the columns to come: with U'U = i
     e = (w_i - w'_i) / U_ii        w_j -= e U_ij  for j > i
 
 The scale of a group is looked for when its turn comes, for the weights as they are by then: of several, the one with the smallest
-sum of e², each refined once by the least squares for its own roundings.
+sum of e², each refined once by the least squares for its own roundings. Rows in fp8 have one scale, known beforehand.
 
 Shapes: O outputs, I inputs (whole groups), R rows, N inputs of calibration.
 """
@@ -14,7 +14,8 @@ Shapes: O outputs, I inputs (whole groups), R rows, N inputs of calibration.
 import torch
 from torch import Tensor
 
-from ownlm.quantization.codes import GROUP, LIMITS, Codes, Scheme, as_half, in_groups, packed, rounded
+from ownlm.quantization import fp8
+from ownlm.quantization.codes import GROUP, Codes, Scheme, as_half, in_groups, nearest, packed, rounded
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 # Where the number farthest from zero lands, in units of the scale: on both sides of zero, for -8 is there and 8 is not.
@@ -74,19 +75,21 @@ def gptq(weight_OI: Tensor, factor_II: Tensor, scheme: Scheme) -> Codes:
     w_OI = in_groups(weight_OI).flatten(1)
     assert factor_II.shape == (w_OI.shape[1],) * 2, factor_II.shape
     q_OGg, scales_GO = torch.empty_like(w_OI).view(len(w_OI), -1, GROUP), []
-    low, high = LIMITS[scheme]
+    row_O = fp8.best_scales(w_OI)[:, 0] if scheme == "fp8" else None
     for group, first in enumerate(range(0, w_OI.shape[1], GROUP)):
         end = first + GROUP
         u_gg = factor_II[first:end, first:end]
         x_Og = w_OI[:, first:end]
-        scales_GO.append(best_scales(x_Og, u_gg.diagonal().square().reciprocal(), scheme))
-        scale_O = scales_GO[-1].float()
+        if row_O is None:
+            scales_GO.append(best_scales(x_Og, u_gg.diagonal().square().reciprocal(), scheme))
+        scale_O = scales_GO[-1].float() if row_O is None else row_O
         inverse_O = torch.where(scale_O == 0, 0.0, 1.0 / scale_O)
         errors_Og = torch.empty_like(x_Og)
         for i in range(GROUP):
-            q_O = (x_Og[:, i] * inverse_O).round_().clamp_(low, high)
+            q_O = nearest(x_Og[:, i] * inverse_O, scheme)
             q_OGg[:, group, i] = q_O
             errors_Og[:, i] = (x_Og[:, i] - q_O * scale_O) / u_gg[i, i]
             x_Og[:, i + 1 :].addr_(errors_Og[:, i], u_gg[i, i + 1 :], alpha=-1)
         w_OI[:, end:].addmm_(errors_Og, factor_II[first:end, end:], alpha=-1)
-    return packed(q_OGg, torch.stack(scales_GO, 1), scheme, weight_OI.shape[1])
+    scales_OG = torch.stack(scales_GO, 1) if row_O is None else row_O[:, None]
+    return packed(q_OGg, scales_OG, scheme, weight_OI.shape[1])

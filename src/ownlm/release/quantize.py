@@ -1,4 +1,4 @@
-"""The stage: a checkpoint in, the same one in integers out, with what that cost.
+"""The stage: a checkpoint in, the same one in integers or floats of 8 bits out, with what that cost.
 
     checkpoint ─ its documents' texts ─► codes and scales, layer by layer ─► a checkpoint artifact
                 └ held-out ones ───────► perplexity, KL divergence, top-1 agreement of both; likeness of an encoder's states
@@ -39,7 +39,7 @@ from ownlm.report import Reporter, duration, quantity, size
 from ownlm.storage import sha256
 from ownlm.tokens.codec import Tokenizer
 
-Precision = Literal["int8", "int4"]
+Precision = Literal["int8", "int4", "fp8"]
 Method = Literal["gptq", "rtn"]
 MAX_CONTEXT = 2048  # tokens of a row of calibration
 HELD_OUT_TOKENS = 32_768
@@ -85,7 +85,7 @@ class Cost:
 
 
 def quantize(recipe: QuantizeRecipe, workspace: Workspace, reporter: Reporter) -> Artifact:
-    """The checkpoint artifact in integers. UserError for a model of images, one quantised already, or no text to calibrate on."""
+    """The checkpoint artifact in codes. UserError for a model of images, one quantised already, or no text to calibrate on."""
     began = time.monotonic()
     source = workspace.open(recipe.checkpoint, ("checkpoint", "adapter"))
     recipe = replace(recipe, method=method_of(recipe, source, workspace))

@@ -79,7 +79,8 @@ constexpr Block block_of(Form form) {
 struct Source {
     Form form = FLOATS;
     const uint8_t* values = nullptr;
-    const uint16_t *scales = nullptr, *minimums = nullptr;  // of codes: half precision, one for each group; minimums of UINT4 only
+    const uint16_t *scales = nullptr, *minimums = nullptr;  // of codes: half precision, one for each group; minimums of UINT4 only;
+                                                          // of FP8 floats, one for each row
 
     size_t row_bytes(const Matrix& matrix) const {
         switch (form) {
@@ -92,8 +93,8 @@ struct Source {
 
     // From the r-th row on.
     Source from(size_t r, const Matrix& matrix) const {
-        const size_t groups = r * matrix.groups();
-        return {form, values + r * row_bytes(matrix), scales ? scales + groups : nullptr, minimums ? minimums + groups : nullptr};
+        const size_t groups = r * matrix.groups(), halves = matrix.kind == FP8 ? 2 * r : groups;
+        return {form, values + r * row_bytes(matrix), scales ? scales + halves : nullptr, minimums ? minimums + groups : nullptr};
     }
 };
 

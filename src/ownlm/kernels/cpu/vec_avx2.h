@@ -126,6 +126,22 @@ inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
     const __m256i v = four_bytes(x);
     return {dot_bf16_half(acc.a, w.a, v), dot_bf16_half(acc.b, w.b, v)};
 }
+inline void e4m3_half(__m256i codes, __m256i& first, __m256i& second) {
+    const auto twice = [](__m128i table) { return _mm256_broadcastsi128_si256(table); };
+    const __m256i uppers = twice(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61));
+    const __m256i small_uppers = twice(_mm_setr_epi8(60, 7, 7, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));  // what they differ in
+    const __m256i small_lowers = twice(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i half = _mm256_set1_epi8(15), low = _mm256_and_si256(codes, half), high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
+    const __m256i small = _mm256_cmpeq_epi8(_mm256_and_si256(codes, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
+    const __m256i upper = _mm256_xor_si256(_mm256_shuffle_epi8(uppers, high), _mm256_and_si256(small, _mm256_shuffle_epi8(small_uppers, low)));
+    const __m256i lower = _mm256_blendv_epi8(_mm256_slli_epi16(low, 4), _mm256_shuffle_epi8(small_lowers, low), small);
+    first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+}
+// Codes of E4M3 as bf16: of each quarter of 16 the first eight and the last eight. The upper byte of a bf16 follows from the upper half
+// of a code, the lower from the lower half, but in numbers below 2^-6, which have no bit before the point.
+inline void e4m3_to_bf16(vb codes, vb& first, vb& second) {
+    e4m3_half(codes.a, first.a, second.a), e4m3_half(codes.b, first.b, second.b);
+}
 inline vb first_of_pairs(vb bf16) {
     const __m256i low = _mm256_set1_epi32(0xffff);
     return {_mm256_and_si256(bf16.a, low), _mm256_and_si256(bf16.b, low)};

@@ -58,6 +58,19 @@ inline vi dot_int4(vi acc, vb weights, const uint8_t* x) { return dot_int8(acc, 
 inline vf dot_bf16(vf acc, vb weights, const uint8_t* x) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)weights.v, (__m512bh)four_bytes(x))};
 }
+inline __m512i four_times(__m128i table) { return _mm512_broadcast_i32x4(table); }
+// Codes of E4M3 as bf16: of each quarter of 16 the first eight and the last eight. The upper byte of a bf16 follows from the upper half
+// of a code, the lower from the lower half, but in numbers below 2^-6, which have no bit before the point.
+inline void e4m3_to_bf16(vb codes, vb& first, vb& second) {
+    const __m512i uppers = four_times(_mm_setr_epi8(60, 61, 62, 63, 64, 65, 66, 67, -68, -67, -66, -65, -64, -63, -62, -61));
+    const __m512i small_uppers = four_times(_mm_setr_epi8(60, 7, 7, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0));  // what they differ in
+    const __m512i small_lowers = four_times(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m512i low = low_halves(codes).v, high = high_halves(codes).v;
+    const __mmask64 small = _mm512_testn_epi8_mask(codes.v, _mm512_set1_epi8(0x78));
+    const __m512i upper = _mm512_xor_si512(_mm512_shuffle_epi8(uppers, high), _mm512_maskz_shuffle_epi8(small, small_uppers, low));
+    const __m512i lower = _mm512_mask_shuffle_epi8(_mm512_slli_epi16(low, 4), small, small_lowers, low);
+    first.v = _mm512_unpacklo_epi8(lower, upper), second.v = _mm512_unpackhi_epi8(lower, upper);
+}
 inline vb first_of_pairs(vb bf16) { return {_mm512_and_si512(bf16.v, _mm512_set1_epi32(0xffff))}; }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 

@@ -99,6 +99,21 @@ inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
     const uint32x4_t v = four_bytes(x);
     OWNLM_QUARTERS(vf, pairs(acc.v[i], vreinterpretq_u32_u8(w.v[i]), v));
 }
+// Codes of E4M3 as bf16: of each quarter of 16 the first eight and the last eight. The upper byte of a bf16 follows from the upper half
+// of a code, the lower from the lower half, but in numbers below 2^-6, which have no bit before the point.
+inline void e4m3_to_bf16(vb codes, vb& first, vb& second) {
+    static const uint8_t tables[3][16] = {{60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195},
+                                          {60, 7, 7, 7},  // what the upper bytes of small ones differ in
+                                          {0, 0, 128, 192, 0, 32, 64, 96}};
+    const uint8x16_t uppers = vld1q_u8(tables[0]), small_uppers = vld1q_u8(tables[1]), small_lowers = vld1q_u8(tables[2]);
+    for (int i = 0; i < 4; i++) {
+        const uint8x16_t code = codes.v[i], low = vandq_u8(code, vdupq_n_u8(15));
+        const uint8x16_t small = vceqq_u8(vandq_u8(code, vdupq_n_u8(0x78)), vdupq_n_u8(0));
+        const uint8x16_t upper = veorq_u8(vqtbl1q_u8(uppers, vshrq_n_u8(code, 4)), vandq_u8(small, vqtbl1q_u8(small_uppers, low)));
+        const uint8x16_t lower = vbslq_u8(small, vqtbl1q_u8(small_lowers, low), vshlq_n_u8(low, 4));
+        first.v[i] = vzip1q_u8(lower, upper), second.v[i] = vzip2q_u8(lower, upper);
+    }
+}
 inline vb first_of_pairs(vb bf16) {
     OWNLM_QUARTERS(vb, vreinterpretq_u8_u32(vandq_u32(vreinterpretq_u32_u8(bf16.v[i]), vdupq_n_u32(0xffff))));
 }

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "layout.h"
+
 #define OWNLM_UNROLL  // registers don't hold a block of rows here, and compilers take minutes to find that out
 
 namespace ownlm::ISA {
@@ -104,6 +106,19 @@ inline vf dot_bf16(vf acc, vb w, const uint8_t* x) {
     float each[2];
     std::memcpy(each, halves, 8);
     return {acc.v + ((Floats)(w.v << 16) * each[0] + (Floats)(w.v & 0xffff0000u) * each[1])};
+}
+// Codes of E4M3 as bf16: of each quarter of 16 the first eight and the last eight.
+inline void e4m3_to_bf16(vb codes, vb& first, vb& second) {
+    uint8_t bytes[64];
+    std::memcpy(bytes, &codes.v, 64);
+    uint16_t halves[2][32];
+    for (int i = 0; i < 64; i++) {
+        const float value = from_e4m3(bytes[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        halves[i / 8 % 2][i / 16 * 8 + i % 8] = uint16_t(bits >> 16);
+    }
+    std::memcpy(&first.v, halves[0], 64), std::memcpy(&second.v, halves[1], 64);
 }
 inline vb first_of_pairs(vb bf16) { return {bf16.v & 0xffffu}; }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
