@@ -145,6 +145,76 @@ def test_what_could_never_fit_is_told_with_numbers(runner: str, pairs: Callable[
     assert [[one.tokens for one in row] for row in found] == [[one.tokens for one in row] for row in alone]
 
 
+def used(made: Engine) -> int:
+    return sum(users > 0 for users in made.pool.users)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_searches_run_beside_answers_and_change_neither(runner: str, pairs: Callable[[str], Pair]) -> None:
+    _, model = pairs("llama3")
+    search, write = Sampling(beams=4, n=2, max_tokens=20), Sampling(max_tokens=60, stop_ids=frozenset())
+    asked = prompts(2)
+    alone = [beams.search(engine(model, runner), [prompt], search)[0] for prompt in asked]
+    plain = engine(model, runner)
+    plain.add(asked[0], write)
+    said = [event.token for _ in range(200) if not plain.idle for event in plain.step()]
+    # Room for the writer and one search or two, so that others wait.
+    made = engine(model, runner, pages=24, slots=14)
+    made.add(asked[0], write)
+    events = [event.token for _ in range(5) for event in made.step()]
+    searches, found = beams.Searches(made), dict[int, list[beams.Hypothesis]]()
+    requests = [searches.add(prompt, search) for prompt in asked]
+    gone = searches.add(asked[0], search)
+    while not searches.idle:
+        events += [event.token for event in made.step()]
+        found.update(searches.step())
+        assert made.pool.promised == sum(group.owed for group in searches.groups) >= 0
+        searches.cancel(gone)
+    assert [[one.tokens for one in found[request]] for request in requests] == [
+        [one.tokens for one in row] for row in alone
+    ]
+    assert len(events) > 5  # it went on writing meanwhile
+    events += [event.token for _ in range(200) if not made.idle for event in made.step()]
+    assert [token and token.id for token in events] == [token and token.id for token in said]
+    assert (used(made), made.pool.promised, made.admits) == (0, 0, True)
+
+
+def test_while_a_search_waits_for_pages_nobody_else_begins(pairs: Callable[[str], Pair]) -> None:
+    _, model = pairs("llama3")
+    made = engine(model, "modules", slots=5)
+    made.add(prompts(0)[0], Sampling(max_tokens=6, stop_ids=frozenset()))
+    made.step()
+    searches = beams.Searches(made)
+    first = searches.add(prompts(0)[0], Sampling(beams=5, max_tokens=8))
+    assert searches.step() == []
+    later = made.add(prompts(0)[0], Sampling(max_tokens=6, stop_ids=frozenset()))
+    order: list[int] = []
+    while not (made.idle and searches.idle):
+        order += [event.request for event in made.step() if event.finish_reason]
+        order += [request for request, _ in searches.step()]
+    assert order == [0, first, later]
+    # One that is cancelled gives back what it has, in the middle too.
+    first = searches.add(prompts(0)[0], Sampling(beams=5, max_tokens=8))
+    for _ in range(3):
+        searches.step()
+    assert used(made) > 0
+    searches.cancel(first)
+    assert searches.idle
+    assert (used(made), made.pool.promised) == (0, 0)
+
+
+def test_what_a_search_found_is_told_as_events() -> None:
+    model, sampling = tiny_model(gain=0.5), Sampling(beams=4, n=3, max_tokens=12)
+    prompt = model.prompt_ids("once")
+    found = beams.search(model.engine(4), [prompt], sampling)[0]
+    told = beams.events(model.tokenizer, prompt, sampling, 7, found)
+    for index, one in enumerate(found):
+        mine, whole = [event for event in told if event.index == index], one.completion(model.tokenizer, prompt)
+        assert "".join(event.text for event in mine) == whole.text
+        assert [event.finish_reason for event in mine] == [*[None] * (len(one.tokens) - 1), whole.finish_reason]
+        assert [event.token.logprob for event in mine if event.token] == list(one.logprobs)
+
+
 def test_the_public_model_searches() -> None:
     model = tiny_model(gain=0.5)
     settings: dict[str, Any] = {"beams": 4, "max_tokens": 12}

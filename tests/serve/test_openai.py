@@ -4,6 +4,7 @@ import base64
 import json
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -281,6 +282,72 @@ def test_a_client_that_leaves_frees_its_slot(
     with pytest.raises(httpx.ReadTimeout):
         http.post(f"{slow_address}/v1/chat/completions", json=body, timeout=httpx.Timeout(20, read=2))
     wait_until(lambda: open_requests(slow_address) == 0)
+
+
+def test_a_search_over_beams_is_what_the_model_finds(client: openai.OpenAI, model: Model) -> None:
+    """By vLLM's names: n is the width, and all beams are given, best first."""
+    search: dict[str, Any] = {"use_beam_search": True}
+    prompts = ["once upon", "the mill"]
+    sampling = Sampling(beams=3, n=3, max_tokens=12)
+    expected = [one for row in model.answers([model.prompt_ids(text) for text in prompts], sampling) for one in row]
+    found = client.completions.create(model="tiny", prompt=prompts, n=3, max_tokens=12, logprobs=0, extra_body=search)
+    assert [choice.text for choice in found.choices] == [one.text for one in expected]
+    assert [choice.finish_reason for choice in found.choices] == [one.finish_reason for one in expected]
+    assert found.usage is not None
+    assert found.usage.completion_tokens == sum(len(one.tokens) for one in expected)
+    short = {**search, "length_penalty": 0.0}
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, n=4, max_tokens=9, logprobs=True, extra_body=short
+    )
+    ids, settings = model.prompt_ids(MESSAGES), Sampling(beams=4, n=4, max_tokens=9, length_penalty=0.0)
+    assert [choice.message.content for choice in chat.choices] == [
+        one.text for one in model.answers([ids], settings)[0]
+    ]
+    # A search of width one is greedy.
+    [one] = client.completions.create(model="tiny", prompt="once", max_tokens=8, extra_body=search).choices
+    assert one.text == model.generate("once", max_tokens=8).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"use_beam_search": True, "stream": True}, "takes no stream"),
+        ({"use_beam_search": True, "temperature": 0.7}, "goes without temperature"),
+        ({"use_beam_search": True, "top_p": 0.5, "priority": 1}, "goes without top_p, priority"),
+        ({"use_beam_search": True, "n": 2, "stop": "x"}, "neither temperature nor stop strings"),
+        ({"use_beam_search": True, "n": 2, "logprobs": 2}, "tells no alternatives"),
+        ({"length_penalty": 0.5}, "needs use_beam_search"),
+    ],
+)
+def test_what_a_search_does_not_take_is_told(address: str, fields: dict[str, Any], told: str) -> None:
+    reply = http.post(f"{address}/v1/completions", json={"model": "tiny", "prompt": "x", **fields})
+    assert reply.status_code == 400
+    assert told in reply.json()["error"]["message"]
+
+
+def test_a_search_holds_nobody_up_and_ends_when_its_client_leaves(
+    slow_address: str, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    def cache_usage() -> float:
+        lines = http.get(f"{slow_address}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:kv_cache_usage_perc"))
+
+    def leave() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(f"{slow_address}/v1/completions", json=body, timeout=httpx.Timeout(20, read=2))
+
+    body = {"model": "tiny", "prompt": "once", "n": 2, "max_tokens": 900, "use_beam_search": True}
+    wait_until(lambda: cache_usage() == 0)
+    with ThreadPoolExecutor(1) as pool:
+        searching = pool.submit(leave)
+        wait_until(lambda: cache_usage() > 0)
+        plain = http.post(f"{slow_address}/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 5})
+        assert plain.status_code == 200
+        assert not searching.done()
+        # Its beams are answers that are open.
+        assert http.post(f"{slow_address}/v1/completions", json={**body, "n": 3}).status_code == 429
+        searching.result()
+    wait_until(lambda: cache_usage() == 0)
 
 
 def test_too_many_requests_are_told_to_come_back(

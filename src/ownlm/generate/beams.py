@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ownlm.errors import UserError
-from ownlm.generate.engine import Engine
-from ownlm.generate.sampling import Sampling
-from ownlm.generate.sequence import Row
+from ownlm.generate.engine import BLOCK, Engine
+from ownlm.generate.sampling import Sampling, Token
+from ownlm.generate.sequence import Event, Row
 from ownlm.generate.sequence import Sequence as Text
 from ownlm.records import Completion
 from ownlm.tokens.codec import Tokenizer
@@ -116,14 +116,91 @@ def continuations(logprobs_BV: Tensor, searches: Sequence[Search]) -> Iterator[l
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """The beams of one prompt: `texts` are the open answers over their pages, all of them read as far."""
+    """The beams of one prompt: `texts` are the open answers over their pages, all of them read as far; `need`: the pages that it takes
+    at most."""
 
-    place: int
     search: Search
     texts: list[Text]
+    need: int
+
+    @property
+    def owed(self) -> int:
+        """How many pages it may still take."""
+        return self.need - len({page for text in self.texts for page in text.pages})
 
 
-@torch.inference_mode()
+class Searches:
+    """Searches over beams on the pages of an engine, beside what else it does. For the engine's thread; changes with every call.
+
+    A search begins when the pages that it takes at most are there; they are promised to it. While one waits for them, the engine
+    admits nobody else.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.waiting: list[Group] = []
+        self.groups: list[Group] = []
+
+    @property
+    def idle(self) -> bool:
+        """True when there is nothing to do."""
+        return not self.waiting and not self.groups
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raise ContextTooLong, and UserError where the beams of a prompt could never fit into the cache."""
+        self.engine.check(prompt, sampling)
+        need, pool = _pages(self.engine, prompt, sampling), self.engine.pool
+        if need > pool.count:
+            raise UserError(
+                f"{sampling.beams} beams of {len(prompt) + _limit(self.engine, prompt, sampling):,} tokens need {need:,} pages of the "
+                f"cache, and it has {pool.count:,}.",
+                where="beams",
+                cure="Take fewer beams, a smaller max_tokens, or a shorter prompt.",
+            )
+
+    def add(self, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None = None) -> int:
+        """The id of a new request, of the engine's count; one that `check` has passed."""
+        engine, request = self.engine, next(self.engine.ids)
+        text = Text.begin(engine.tokenizer, prompt, sampling, request=request, limit=_limit(engine, prompt, sampling))
+        text.embeds_TD = embeds_TD
+        search = Search(sampling, text.limit, text.stop_ids)
+        self.waiting.append(Group(search, [text], _pages(engine, prompt, sampling)))
+        return request
+
+    def cancel(self, request: int) -> None:
+        """Drop a search; its pages are free at once. Unknown and finished ones are no error."""
+        self.waiting = [group for group in self.waiting if group.texts[0].request != request]
+        for group in [group for group in self.groups if group.texts[0].request == request]:
+            self._release(group)
+        self._settle()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, list[Hypothesis]]]:
+        """(request, the `sampling.n` best answers found, best first) of the searches that are over after this step."""
+        pool = self.engine.pool
+        while self.waiting and pool.available >= self.waiting[0].need:
+            self.groups.append(self.waiting.pop(0))
+            pool.promised += self.groups[-1].need
+        pool.promised = 0  # what is promised is taken here
+        over = _step(self.engine, self.groups) if self.groups else []
+        for group in over:
+            self._release(group)
+        self._settle()
+        return [
+            (group.texts[0].request, [answer for _, answer in group.search.complete[: group.search.sampling.n]])
+            for group in over
+        ]
+
+    def _release(self, group: Group) -> None:
+        self.groups.remove(group)
+        for text in group.texts:
+            self.engine.pool.release(text.pages)
+
+    def _settle(self) -> None:
+        self.engine.pool.promised = sum(group.owed for group in self.groups)
+        self.engine.admits = not self.waiting
+
+
 def search(
     engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling, embeds: Sequence[Tensor | None] | None = None
 ) -> list[list[Hypothesis]]:
@@ -132,29 +209,27 @@ def search(
     embeds: for each prompt what stands in for the embedding of its tokens, or None.
     Raises ContextTooLong, and UserError where the beams of a prompt could never fit into the cache.
     """
-    pool, found = engine.pool, [[Hypothesis()] for _ in prompts]
+    searches, found = Searches(engine), dict[int, list[Hypothesis]]()
     for prompt in prompts:
-        engine.check(prompt, sampling)
-        need = _pages(engine, prompt, sampling)
-        if need > pool.count:
-            raise UserError(
-                f"{sampling.beams} beams of {len(prompt) + _limit(engine, prompt, sampling):,} tokens need {need:,} pages of the "
-                f"cache, and it has {pool.count:,}.",
-                where="beams",
-                cure="Take fewer beams, a smaller max_tokens, or a shorter prompt.",
-            )
-    waiting, groups, free = list(range(len(prompts))), list[Group](), pool.count
-    while waiting or groups:
-        while waiting and free >= (need := _pages(engine, prompts[waiting[0]], sampling)):
-            place, free = waiting.pop(0), free - need
-            groups.append(_group(engine, place, prompts[place], sampling, embeds[place] if embeds else None))
-        for group in _step(engine, groups):
-            groups.remove(group)
-            for text in group.texts:
-                pool.release(text.pages)
-            free += _pages(engine, prompts[group.place], sampling)
-            found[group.place] = [answer for _, answer in group.search.complete[: sampling.n]]
-    return found
+        searches.check(prompt, sampling)
+    requests = [
+        searches.add(prompt, sampling, embeds[place] if embeds else None) for place, prompt in enumerate(prompts)
+    ]
+    while not searches.idle:
+        found.update(searches.step())
+    return [found[request] for request in requests]
+
+
+def events(
+    tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling, request: int, found: Sequence[Hypothesis]
+) -> list[Event]:
+    """The answers that a search found as a sampled one would have told them, the best with index 0."""
+    told: list[Event] = []
+    for index, answer in enumerate(found):
+        limit = len(answer.tokens)
+        text = Text.begin(tokenizer, prompt, sampling, request=request, index=index, limit=limit)
+        told += [text.push(Token(*pair)) for pair in zip(answer.tokens, answer.logprobs, strict=True)]
+    return told
 
 
 def _limit(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> int:
@@ -168,16 +243,12 @@ def _pages(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> int:
     return shared + sampling.beams * (-(-longest // size) - shared)
 
 
-def _group(engine: Engine, place: int, prompt: Sequence[int], sampling: Sampling, embeds_TD: Tensor | None) -> Group:
-    text = Text.begin(engine.tokenizer, prompt, sampling, request=place, limit=_limit(engine, prompt, sampling))
-    text.embeds_TD = embeds_TD
-    return Group(place, Search(sampling, text.limit, text.stop_ids), [text])
-
-
 def _step(engine: Engine, groups: Sequence[Group]) -> list[Group]:
     """Read the last token of every beam, or a piece of a prompt; the groups whose search is over."""
     rows: list[Row] = []
     budget = engine.prefill_tokens
+    if engine.running and engine.runner.exact:
+        budget = min(budget, max(BLOCK, int(engine.pace.prompt_tokens())))
     for group in groups:
         for text in group.texts:
             tokens = text.known[text.cached :][: budget if text.cached < text.prompt_tokens else None]

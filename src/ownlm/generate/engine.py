@@ -82,6 +82,7 @@ class Engine:
         self.underway: Row | None = None  # a piece of a prompt that is between two layers
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
+        self.admits = True  # False: who waits goes on waiting, for a search over beams needs the pages (beams.py)
         self.ids = itertools.count()
         self.turns: dict[str, int] = {}  # how many answers had been admitted when a tenant's last one was
         self.clock = time.monotonic
@@ -193,7 +194,7 @@ class Engine:
         for sequence in reading:
             if piece is None or sequence is not piece.sequence:
                 budget -= self._read(rows, sequence, budget, whole=not writing)
-        while budget > 0 and len(self.running) < self.slots:
+        while self.admits and budget > 0 and len(self.running) < self.slots:
             following = self._next_waiting()
             if following is None or not self._admit(following):
                 break

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 
 
 class PagePool:
-    """Changes with every call. Every page is free, idle (kept for whoever shares its beginning) or used, and nothing else."""
+    """Changes with every call. Every page is free, idle (kept for whoever shares its beginning) or used, and nothing else. Some that are
+    not used may be promised to a search over beams (beams.py): `take` leaves as many."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size = count, size
         self.free = list(range(count))  # a heap: the lowest page first, so that used ones stay neighbours
         self.users = [0] * count
+        self.promised = 0
         self.key_of: dict[int, bytes] = {}
         self.page_of: dict[bytes, int] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()
@@ -26,11 +28,11 @@ class PagePool:
     @property
     def available(self) -> int:
         """Pages that `take` could give."""
-        return len(self.free) + len(self.idle)
+        return len(self.free) + len(self.idle) - self.promised
 
     @property
     def usage(self) -> float:
-        """The share of the pages that are used now."""
+        """The share of the pages that are used or promised now."""
         return 1 - self.available / self.count
 
     def take(self, count: int) -> list[int] | None:

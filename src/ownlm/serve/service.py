@@ -124,6 +124,8 @@ class Exchange:
         if priority < least:
             message = f"With this API key the least priority is {least}, not {priority}."
             raise BadRequest(message, param="priority", status=403, code="priority_not_allowed")
+        if adapter is not None and sampling.beams > 1:
+            raise BadRequest("A search over beams goes without adapters.", param="use_beam_search")
         self.ticket = service.worker.submit(
             prompts, sampling, adapter=adapter, tenant=self.key_id or "", priority=priority, deadline=deadline
         )

@@ -39,6 +39,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 
+# What says how tokens are drawn, what is told of them, or who goes first: a search over beams heeds none of it.
+UNSEARCHED = ("top_p", "top_k", "min_p", "typical_p", "priority", "deadline", "echo", "best_of", "top_logprobs")
+
 Text = Annotated[str, StringConstraints(strict=True)]
 Stop = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
@@ -141,6 +144,8 @@ class Generation(Choosing):
     response_format: Annotated[AnyText | AnyJson | JsonOfSchema, Field(discriminator="type")] = AnyText(type="text")
     guided_regex: Text | None = None  # these two as vLLM has them
     guided_grammar: Text | None = None
+    use_beam_search: Flag = False  # as vLLM has it: over n beams, which all are given, best first
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0  # of that search
     priority: Annotated[int, Field(strict=True, ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = (
         0  # as vLLM has it: smaller goes first
     )
@@ -167,15 +172,36 @@ class Generation(Choosing):
             raise ValueError("stream_options needs stream=true")
         return self
 
+    @model_validator(mode="after")
+    def _searches(self) -> "Generation":
+        if not self.use_beam_search:
+            if "length_penalty" in self.model_fields_set:
+                raise ValueError("length_penalty needs use_beam_search=true")
+            return self
+        if self.stream:
+            raise ValueError("what a search over beams finds is known at its end only: use_beam_search takes no stream")
+        fields = type(self).model_fields
+        unheard = [name for name in UNSEARCHED if name in fields and getattr(self, name) != fields[name].default]
+        if self.temperature not in {0, 1}:
+            unheard.append("temperature")
+        if unheard:
+            raise ValueError(f"a search over beams goes without {', '.join(unheard)}")
+        return self
+
     def settings(self, **more: Any) -> Sampling:
         """The sampler's settings."""
-        return Sampling(
+        fields = {
             **self.choice(),
-            n=self.n,
-            form=self.form(),
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+            "n": self.n,
+            "form": self.form(),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             **more,
-        )
+        }
+        if self.use_beam_search:
+            fields["temperature"] = 0.0
+            if self.n > 1:
+                fields |= {"beams": self.n, "length_penalty": self.length_penalty}
+        return Sampling(**fields)
 
 
 class ChatRequest(Generation):
@@ -221,6 +247,8 @@ class CompletionRequest(Generation):
             raise ValueError("max_tokens=0 needs echo=true")
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError("n must be at most best_of")
+        if self.use_beam_search and self.logprobs:
+            raise ValueError("a search over beams tells no alternatives: logprobs=0 tells those of its tokens")
         if self.best_of is not None and self.best_of > self.n and self.stream:
             raise ValueError("which answers are best is known at the end only: best_of takes no stream")
         if len(self.prompts()) * (self.best_of or self.n) > MAX_PROMPTS:

@@ -16,7 +16,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias, TypeVar
 
+from ownlm.generate import beams
 from ownlm.generate.adapters import Adapter
+from ownlm.generate.beams import Searches
 from ownlm.generate.engine import Engine
 from ownlm.generate.model import Model
 from ownlm.generate.parallel import RankLost
@@ -58,6 +60,7 @@ class Worker:
         self.lost: RankLost | None = None  # why nothing can run here any more
         self.on_lost: Callable[[], None] = lambda: None  # called then, from the thread
         self.engine: Engine = model.engine(slots)
+        self.searches = Searches(self.engine)
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.tickets: dict[int, tuple[Ticket, int]] = {}  # engine's id -> whose, which prompt
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -88,20 +91,26 @@ class Worker:
         priority: int = 0,
         deadline: float | None = None,
     ) -> Ticket:
-        """Queue the prompts of a tenant; the rest as `Engine.add` has it. Raises ContextTooLong or UserError at once, in the
-        caller's thread; EngineFault when the model is lost."""
+        """Queue the prompts of a tenant; the rest as `Engine.add` has it. Of a search over beams all events come at its end. Raises
+        ContextTooLong or UserError at once, in the caller's thread; EngineFault when the model is lost."""
         if self.lost is not None:
             raise EngineFault(str(self.lost))
         for prompt in prompts:
-            self.engine.check(prompt, sampling, adapter)
+            if sampling.beams > 1:
+                self.searches.check(prompt, sampling)
+            else:
+                self.engine.check(prompt, sampling, adapter)
         ticket, came = Ticket(prompts, sampling), time.monotonic()
 
         def begin() -> None:
             left = None if deadline is None else deadline - (time.monotonic() - came)
             for index, prompt in enumerate(prompts):
-                request = self.engine.add(
-                    prompt, sampling, adapter=adapter, tenant=tenant, priority=priority, deadline=left
-                )
+                if sampling.beams > 1:
+                    request = self.searches.add(prompt, sampling)
+                else:
+                    request = self.engine.add(
+                        prompt, sampling, adapter=adapter, tenant=tenant, priority=priority, deadline=left
+                    )
                 ticket.requests.append(request)
                 self.tickets[request] = (ticket, index)
 
@@ -114,6 +123,7 @@ class Worker:
         def drop() -> None:
             for request in ticket.requests:
                 self.engine.cancel(request)
+                self.searches.cancel(request)
                 self.tickets.pop(request, None)
 
         self.inbox.put(drop)
@@ -137,7 +147,7 @@ class Worker:
         try:
             while True:
                 # Sleep when there is nothing to do; between steps only take what is there.
-                while self.engine.idle or not self.inbox.empty():
+                while (self.engine.idle and self.searches.idle) or not self.inbox.empty():
                     command = self.inbox.get()
                     if command is None:
                         return
@@ -151,7 +161,10 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            events = self.engine.step()
+            events = [] if self.engine.idle else self.engine.step()
+            for request, found in [] if self.searches.idle else self.searches.step():
+                ticket, place = self.tickets[request]
+                events += beams.events(self.model.tokenizer, ticket.prompts[place], ticket.sampling, request, found)
         except RankLost:
             raise
         except Exception as fault:  # noqa: BLE001  (a broken step must not end the server)
@@ -178,6 +191,7 @@ class Worker:
         traceback.print_exception(fault)
         self._fail("The engine failed on this request.")
         self.engine = self.model.engine(self.engine.slots)
+        self.searches = Searches(self.engine)
 
     def _fail(self, why: str) -> None:
         lost = {ticket for ticket, _ in self.tickets.values()}
