@@ -1,12 +1,15 @@
 """Who goes first, until when, and what never begins: priorities, fair turns, deadlines, requests that can't fit."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
+import torch
 from test_engine import RUNNERS, no_page_is_lost, small_engine, tokens
 
 from ownlm.errors import UserError
 from ownlm.generate.engine import Engine
 from ownlm.generate.sampling import Sampling
-from ownlm.generate.sequence import Event
+from ownlm.generate.sequence import Event, Row
 from tiny import tiny_model
 
 MODEL = tiny_model()
@@ -24,6 +27,47 @@ class Clock:
         events = self.engine.step()
         self.now += 1
         return events
+
+
+class Timed:
+    """A runner that is not exact and says nothing new; each call of it takes what `seconds` has for so many prompt tokens."""
+
+    pages, page_tokens, prefill_tokens, exact, layers = 5, 4096, 4096, False, 1
+    adapter_form = type(None)
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.now, self.took, self.seconds = 0.0, list[float](), seconds
+
+    def run(self, rows: Sequence[Row]) -> torch.Tensor:
+        self.took.append(self.seconds(sum(len(row.tokens) for row in rows if not row.sequence.writing)))
+        self.now += self.took[-1]
+        return torch.zeros(sum(row.wanted for row in rows), MODEL.decoder.config.vocab_size)
+
+    def copy(self, page: int, onto: int) -> None:
+        raise AssertionError("no page is copied here")
+
+
+@pytest.mark.parametrize(("call", "most", "whole"), [(0.0, 0.7, 31), (1.0, 2.3, 60)])
+def test_a_long_prompt_is_read_in_portions_beside_writers_by_what_they_take(
+    monkeypatch: pytest.MonkeyPatch, call: float, most: float, whole: float
+) -> None:
+    """A step of writing takes 1; a prompt token 0.01, and a call with any `call`: 3,000 tokens at once would take 30."""
+    runner = Timed(lambda tokens: 1.0 + (call + 0.01 * tokens if tokens else 0.0))
+    monkeypatch.setattr("time.perf_counter", lambda: runner.now)
+    long = tiny_model(context=4096)
+    engine = Engine(long.decoder, long.tokenizer, slots=5, runner=runner)
+    for _ in range(4):
+        engine.add([65], Sampling(max_tokens=1000, stop_ids=frozenset()))
+    for _ in range(5):
+        engine.step()
+    first = len(runner.took)
+    reader = engine.add([65] * 3000, Sampling(max_tokens=1))
+    while not any(event.request == reader for event in engine.step()):
+        pass
+    beside = [seconds - 1 for seconds in runner.took[first:]]
+    assert sorted(beside)[-2] <= most  # one was too large, to find that out
+    assert sum(beside) <= whole
+    assert len(beside) <= 60
 
 
 def one_slot() -> Engine:

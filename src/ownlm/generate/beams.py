@@ -247,7 +247,7 @@ def _step(engine: Engine, groups: Sequence[Group]) -> list[Group]:
     """Read the last token of every beam, or a piece of a prompt; the groups whose search is over."""
     rows: list[Row] = []
     budget = engine.prefill_tokens
-    if engine.running and engine.runner.exact:
+    if engine.running:
         budget = min(budget, max(BLOCK, int(engine.pace.prompt_tokens())))
     for group in groups:
         for text in group.texts:

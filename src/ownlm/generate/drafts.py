@@ -29,12 +29,11 @@ WORTH = 1.05  # of the tokens a second without: what a draft must promise
 PRICE = 0.01  # of the time: what a source may lose
 SAVED = 50  # steps, whose time a source has at most to lose, and to begin with
 TRIES = 2  # drafts that a source which doesn't pay saves for
-PRIOR, FEW = 0.6, 5  # the share that comes true of a source nothing is known of; as if so many tokens had told it
-MEMORY, LONG_MEMORY = 0.95, 0.99  # how slowly what an answer, a source showed is forgotten, by tested tokens
-QUICK, STEADY = (
-    0.2,
-    50,
-)  # of the newest step for the pace of the moment; steps that the mean of a number of rows goes back
+PRIOR = 0.6  # the share that comes true of a source nothing is known of
+FEW = 5  # tokens that a share known beforehand counts for
+MEMORY, LONG_MEMORY = 0.95, 0.99  # what is left of what an answer, a source showed after another tested token
+QUICK = 0.2  # of the newest step, in the pace of the moment
+STEADY = 50  # steps that the mean of a number of rows goes back
 SPIKE = math.log(2)  # what something else held up counts as twice as long
 
 

@@ -29,7 +29,7 @@ from ownlm.generate.adapters import Adapter
 from ownlm.generate.drafter import Drafter
 from ownlm.generate.drafts import Draft, Source
 from ownlm.generate.grammar import Grammars
-from ownlm.generate.pace import Pace
+from ownlm.generate.pace import Pace, Portions
 from ownlm.generate.pages import PagePool, page_keys
 from ownlm.generate.runners import Runner, salt
 from ownlm.generate.sampling import Sampling, Token, report, sample
@@ -78,7 +78,8 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.speculate = self.runner.exact or drafter is not None if speculate is None else speculate
-        self.pace, self.speculation = Pace(), Speculation(drafter)
+        self.pace = Pace() if self.runner.exact else Portions()
+        self.speculation = Speculation(drafter)
         self.underway: Row | None = None  # a piece of a prompt that is between two layers
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         self.preemptions = self.reused_tokens = 0
@@ -186,7 +187,7 @@ class Engine:
         for sequence in writing:
             self._add_row(rows, sequence, 1, drafts.get(sequence))
         budget = float(self.prefill_tokens)
-        if rows and self.runner.exact:
+        if rows:
             budget = min(budget, self.pace.prompt_tokens())
         piece = self._go_on(budget) if budget else None
         if piece is not None:

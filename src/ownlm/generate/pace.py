@@ -32,5 +32,46 @@ class Pace:
         return self.SLOWER * self.step_seconds / self.token_seconds
 
 
+class Portions:
+    """The same where a prompt is a call of its own beside the writers' (PyTorch): a call has a price however few tokens it reads, so
+    portions double as long as one takes no more than a step of writing bears, or than twice what the cheapest takes."""
+
+    LEAST = 16  # prompt tokens
+    FORGET = 0.99  # after each step, of what too large a portion took: it is tried again
+
+    def __init__(self) -> None:
+        self.step_seconds = 0.0
+        self.seconds: dict[int, float] = {}  # by portion: LEAST, twice that, and so on
+
+    def saw(self, writing: int, reading: float, seconds: float) -> None:
+        """As `Pace.saw` has it. Without writers there may be nothing that waits for a device to be done, and so no time to see."""
+        if not reading:
+            self.step_seconds = _blend(self.step_seconds, seconds, 0.5)
+            return
+        portion = self._portion(reading)
+        if writing and portion is not None:
+            self.seconds[portion] = _blend(self.seconds.get(portion, 0.0), max(seconds - self.step_seconds, 0.0), 0.5)
+
+    def prompt_tokens(self) -> float:
+        """How many a step may read beside those who write."""
+        portion, bearable = (
+            self.LEAST,
+            max(Pace.SLOWER * self.step_seconds, 2 * min(self.seconds.values(), default=0.0)),
+        )
+        while (seconds := self.seconds.get(portion)) is not None:
+            if seconds > bearable:
+                self.seconds[portion] = seconds * self.FORGET
+                return float(max(self.LEAST, portion // 2))
+            portion *= 2
+        return float(portion)
+
+    def _portion(self, reading: float) -> int | None:
+        """The portion that so many tokens come near to, if any."""
+        portion = self.LEAST
+        while 2 * portion <= reading:
+            portion *= 2
+        return portion if portion <= reading <= 1.25 * portion else None
+
+
 def _blend(before: float, new: float, weight: float) -> float:
     return new if not before else (1 - weight) * before + weight * new
