@@ -104,7 +104,7 @@ void products(const Kernels& kernels, const Kernels& plain) {
         Packed packed = filled(kernels, plain, arena, kind, N, K, {FLOATS, (const uint8_t*)weights.data()});
         packed.bias = bias.data();
         const auto run = [&](const Kernels& by, int rows) {
-            Ready ready(by, kind, x, rows, K);
+            Ready ready(by, kind == UINT4 ? INT8 : kind, x, rows, K);  // they read the same
             Floats y(size_t(rows) * 48, 0.5f);
             by.matmul(packed, ready.in, rows, y.data(), 48, true, 0, packed.tile_count());
             return y;

@@ -14,7 +14,7 @@ from ownlm.checkpoints.weights import load_model, save_codes
 from ownlm.formats.ggml import DECODERS
 from ownlm.kernels import library
 from ownlm.kernels.native import Kind, NativeDecoder, packed_bytes, unsupported
-from ownlm.quantization.codes import Scheme
+from ownlm.quantization.codes import Quantized, Scheme
 from ownlm.quantization.recode import scheme_of
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no native kernels: {library.missing()}")
@@ -91,6 +91,10 @@ def test_mixed_files(mixture: str, tmp_path: Path) -> None:
     unread = opened(tmp_path / "model.gguf")
     native = packed(unread)
     assert native.kind == KINDS[mixture][0]
+    if mixture.endswith("Q4_K_M"):  # v by itself: nothing of q and k is widened
+        kept = [module.kept for module in unread.model.modules() if isinstance(module, Quantized)]
+        bits = {"uint4": 5, "int8": 8.5}
+        assert native.memory_bytes == sum(-(-len(one) // 16) * 16 * one.columns * bits[one.scheme] / 8 for one in kept)
     same(native, NativeDecoder(unread.read()))
     numbers = load_model(tmp_path / "model.gguf", dtype=torch.float32)
     with torch.inference_mode():

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from ownlm import device
 from ownlm.errors import UserError
 from ownlm.kernels import library as lib
-from ownlm.kernels.sources import CODINGS, Kind, Weight, addresses, by_row, default_kind, pieces, together, weight_of
+from ownlm.kernels.sources import (
+    CODINGS,
+    Kind,
+    Weight,
+    addresses,
+    by_row,
+    default_kind,
+    last_apart,
+    pieces,
+    together,
+    weight_of,
+)
 from ownlm.models.blocks import MLP, Block, MoE, RMSNorm
 from ownlm.models.decoder import Decoder, DecoderConfig
 from ownlm.models.rotary import attention_factor, frequencies, is_long, rotated_dims, rotation
@@ -52,7 +63,7 @@ VECTORS = {
     "k_norm": 5,
 }
 SINKS, FINAL_NORM, POSITIONS = 6, 7, 8
-QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD = range(7)
+QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD, VALUE = range(8)
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -228,12 +239,11 @@ class NativeDecoder:
             self._vector(index, SINKS, attention.sinks)
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         heads = [by_row(weight_of(projection), self.by_head) for projection in projections]
-        self._matrix(
-            index,
-            QKV,
-            heads,
-            bias=[self.by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else None,
-        )
+        biases = [self.by_head(layer.bias[:, None])[:, 0] for layer in projections] if a.bias else []
+        joined = 2 if last_apart(heads) else 3
+        self._matrix(index, QKV, heads[:joined], bias=biases[:joined] or None)
+        if joined == 2:
+            self._matrix(index, VALUE, heads[2:], bias=biases[2:] or None)
         self._out(index, attention.o_proj)
         if isinstance(mlp, MLP):
             up = [layer for layer in (mlp.gate_proj, mlp.up_proj) if layer is not None]

@@ -1,7 +1,7 @@
 """What weights come as, and how they are handed to the packing in C++: numbers, codes, or blocks of a GGUF file.
 
 Matrices that are packed as one (q, k and v) become one kind: integers of several kinds int8, of the same values but for those of uint4,
-which are rounded; codes beside numbers, or fp8 beside integers, numbers.
+which are rounded; codes beside numbers, or fp8 beside integers, numbers. A v that alone differs stays by itself (`last_apart`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +60,13 @@ def default_kind(model: Decoder) -> Kind:
         schemes = [kept_kind(module.kept) for module in kept]
         return max(CODINGS, key=schemes.count)
     return "bf16" if model.dtype == torch.bfloat16 else "f32"
+
+
+def last_apart(parts: Sequence[Weight]) -> bool:
+    """Whether all but the last are in uint4 and that is in int8, or the other way round: two matrices for the same activations. (As
+    llama.cpp mixes Q4_K_M, where v has more bits than q and k.)"""
+    *first, last = ("" if isinstance(part, Tensor) else kept_kind(part) for part in parts)
+    return {*first, last} == {"int8", "uint4"} and last not in first
 
 
 def together(parts: Sequence[Weight], kind: Kind) -> tuple[Sequence[Weight], Kind]:

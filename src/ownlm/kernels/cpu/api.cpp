@@ -33,7 +33,7 @@ struct Handle {
 };
 
 enum VectorSlot { INPUT_NORM, ATTENTION_NORM, POST_NORM, MLP_NORM, Q_NORM, K_NORM, SINKS, FINAL_NORM, POSITIONS };
-enum MatrixSlot { QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD };
+enum MatrixSlot { QKV, OUT, ROUTER, UP, DOWN, EMBED, HEAD, VALUE };
 
 const float* keep(Model& model, const float* values, int64_t count) {
     model.vectors.push_back(std::make_unique<float[]>(count));
@@ -46,6 +46,7 @@ Packed& matrix(Model& model, int layer, int slot, int expert) {
     if (slot == HEAD) return model.head;
     Layer& l = model.layers[layer];
     if (slot == QKV) return l.qkv;
+    if (slot == VALUE) return l.v;
     if (slot == OUT) return l.o;
     if (slot == ROUTER) return l.router;
     if (l.mlp.size() <= size_t(expert)) l.mlp.resize(expert + 1);

@@ -73,6 +73,7 @@ struct Layer {
     LayerSpec spec{};
     Norm input, attention_out, post_attention, mlp_out, q, k;
     Packed qkv, o, router;
+    Packed v;  // by itself where its codes are of another kind than those of q and k, which read the same activations: UINT4 beside INT8
     std::vector<FeedForward> mlp;  // one, or the experts
     const float* sinks = nullptr;
 };

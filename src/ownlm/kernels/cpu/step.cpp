@@ -47,7 +47,7 @@ class Step {
         if (!rows.partial) whole = all;
         int widest_qkv = 0, widest_a = 0, widest_up = 0, widest_inner = 0;
         for (auto& layer : m.layers) {
-            widest_qkv = std::max(widest_qkv, layer.qkv.padded());
+            widest_qkv = std::max(widest_qkv, layer.qkv.padded() + layer.v.padded());
             widest_a = std::max(widest_a, layer.o.k);
             for (auto& ff : layer.mlp) widest_up = std::max(widest_up, ff.up.padded()), widest_inner = std::max(widest_inner, ff.down.k);
         }
@@ -168,6 +168,7 @@ class Step {
         const LayerSpec& spec = layer.spec;
         const int d = m.spec.heads_d, H = spec.heads, K = spec.kv_heads;
         product(member, layer.qkv, m.first_in.in, part.rows, m.qkv.row(0), m.qkv.stride, false);
+        if (layer.v.n) product(member, layer.v, m.first_in.in, part.rows, m.qkv.row(0) + layer.qkv.padded(), m.qkv.stride, false);
         adapting->expand(member, index, AT_QKV, m.qkv, part.rows);
         const Pages pages = cache.layer(index);
         member.split(part.rows * (H + K), [&](int from, int to) {
@@ -369,7 +370,7 @@ void Model::step(Cache& cache, const Rows& rows) {
 size_t Model::bytes() const {
     size_t total = embed.bytes() + head.bytes();
     for (auto& layer : layers) {
-        total += layer.qkv.bytes() + layer.o.bytes() + layer.router.bytes();
+        total += layer.qkv.bytes() + layer.v.bytes() + layer.o.bytes() + layer.router.bytes();
         for (auto& ff : layer.mlp) total += ff.up.bytes() + ff.down.bytes();
     }
     return total;
