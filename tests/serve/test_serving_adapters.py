@@ -99,6 +99,12 @@ def test_replicate_finds_them_by_name_and_by_version(address: str, references: d
     assert post(address, "/v1/models/ownlm/c/predictions", input=inputs).status_code == 404
 
 
+def test_a_search_over_beams_goes_without_adapters(address: str) -> None:
+    refused = post(address, "/v1/completions", model="a", prompt="x", n=2, use_beam_search=True)
+    assert refused.status_code == 400
+    assert "goes without adapters" in refused.json()["error"]["message"]
+
+
 def test_loading_and_unloading_beside_a_stream(
     folders: dict[str, Path], tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
