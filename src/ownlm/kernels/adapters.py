@@ -3,7 +3,7 @@
     Learned (pairs by layer) ── NativeAdapter(native, learned) ──► Batch(adapters=…, adapter_R=…)
 
 A step multiplies by one matrix where the model has q, k and v, or gate and up: the pairs of such a place become one where that
-costs no more (they share A, or all their ranks fit a group of inputs), else each is added to its own outputs. The scale goes into B.
+costs no more (they share A, or all their ranks fit half a group of inputs), else each is added to its own outputs. The scale goes into B.
 Kept in bf16, in float32 beside a float32 base; memory is given back when the object goes.
 
 Shapes: r rank, O outputs, I inputs.
@@ -78,7 +78,7 @@ def joined(parts: Sequence[Part]) -> list[Part]:
     ranks = [len(A_rI) for _, A_rI, _ in parts]
     if len(parts) == 1 and whole_lanes:
         return list(parts)
-    if whole_lanes and not shared and sum(ranks) > GROUP:
+    if whole_lanes and not shared and sum(ranks) > GROUP // 2:
         return list(parts)
     last_at, _, last = parts[-1]
     A_rI = parts[0][1] if shared else torch.cat([A_rI for _, A_rI, _ in parts])

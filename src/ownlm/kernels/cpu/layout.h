@@ -3,7 +3,7 @@
 // Weights. A matrix of N outputs and K inputs is cut into tiles of 16 outputs; a tile is a run of groups of 32 inputs, read
 // front to back. One copy serves decoding, batched decoding and prefill. A group holds, for its 16 rows x 32 columns:
 //   F32    for each column:           16 floats
-//   BF16   for each pair of columns:  16 rows x 2
+//   BF16   for each pair of columns:  16 rows x 2; a last group of 16 columns or fewer is half as long
 //   INT8   16 scales (half precision), then for each four columns: 16 rows x 4 bytes, value = (byte - 128) * scale
 //   INT4   16 scales, then for each c in 0..3: 16 rows x 4 bytes; the low half is column 4c + i, the high half 16 + 4c + i,
 //          value = (half - 8) * scale
@@ -90,7 +90,8 @@ struct Matrix {
 
     int groups() const { return (k + GROUP - 1) / GROUP; }
     int tile_count() const { return (n + TILE - 1) / TILE; }
-    size_t tile_bytes() const { return head_bytes(kind) + groups() * group_bytes(kind); }
+    bool halved() const { return kind == BF16 && k % GROUP && k % GROUP <= GROUP / 2; }
+    size_t tile_bytes() const { return head_bytes(kind) + groups() * group_bytes(kind) - (halved() ? group_bytes(kind) / 2 : 0); }
     size_t bytes() const { return tile_count() * tile_bytes(); }
     int padded() const { return round_up(n, TILE); }  // outputs as they are written
 };

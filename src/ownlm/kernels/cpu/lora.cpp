@@ -53,13 +53,13 @@ std::vector<Adapting::Chunk> Adapting::chunks(const Rows& rows, const std::vecto
 
 // f(chunk, how many of its rows stand below `count`, pair, where its A x stands, t0, t1) on pieces of `tiles(pair)` of every pair.
 template <class Tiles, class F>
-void Adapting::share(Member& member, size_t layer, Site site, int count, const Tiles& tiles, const F& f) {
+void Adapting::share(Member& member, bool wait, size_t layer, Site site, int count, const Tiles& tiles, const F& f) {
     const int piece = int(all.size()) < 2 * member.threads() ? PIECE : WHOLE;
     const auto pieces = [&](const Pair& pair) { return (tiles(pair) + piece - 1) / piece; };
     int total = 0;
     for (auto& chunk : all)
         for (auto& pair : chunk.adapter->at(layer, site)) total += pieces(pair);
-    member.share(total, 1, [&](int begin, int end) {
+    const auto take = [&](int begin, int end) {
         int first = 0;
         for (auto& chunk : all) {
             float* low = m.low.data() + chunk.low;
@@ -70,7 +70,8 @@ void Adapting::share(Member& member, size_t layer, Site site, int count, const T
                 first += pieces(pair), low += BLOCK * low_width(pair);
             }
         }
-    });
+    };
+    wait ? member.share(total, 1, take) : member.share_and_go_on(total, 1, take);
 }
 
 // put(row, first output, values, how many) of the outputs of tiles [t0, t1).
@@ -97,10 +98,12 @@ const Input& Adapting::prepared(Member& member, Kind kind, int rows, int k, cons
 void Adapting::shrink(Member& member, size_t layer, Site site, Buffer& x, int count) {
     if (all.empty()) return;
     const auto tiles = [](const Pair& pair) { return pair.a.tile_count(); };
-    share(member, layer, site, count, tiles, [&](const Chunk& chunk, int rows, const Pair& pair, float* low, int t0, int t1) {
-        const Input& in = prepared(member, pair.a.kind, rows, pair.a.k, [&](int i) { return x.row(chunk.rows[i]); });
+    const Chunk* ready = nullptr;  // whose rows this thread has prepared, for all pairs of the site read the same
+    share(member, false, layer, site, count, tiles, [&](const Chunk& chunk, int rows, const Pair& pair, float* low, int t0, int t1) {
+        if (ready != &chunk) prepared(member, pair.a.kind, rows, pair.a.k, [&](int i) { return x.row(chunk.rows[i]); });
+        ready = &chunk;
         const int width = low_width(pair);
-        multiply(member, pair.a, in, rows, t0, t1, [&](int i, int at, const float* values, int n) {
+        multiply(member, pair.a, m.adapter_in[member.id].in, rows, t0, t1, [&](int i, int at, const float* values, int n) {
             std::memcpy(low + i * width + at, values, n * sizeof(float));
         });
         // What B's last group holds beyond the rank.
@@ -112,7 +115,7 @@ void Adapting::shrink(Member& member, size_t layer, Site site, Buffer& x, int co
 void Adapting::expand(Member& member, size_t layer, Site site, Buffer& y, int count) {
     if (all.empty()) return;
     const auto tiles = [](const Pair& pair) { return pair.b.tile_count(); };
-    share(member, layer, site, count, tiles, [&](const Chunk& chunk, int rows, const Pair& pair, const float* low, int t0, int t1) {
+    share(member, true, layer, site, count, tiles, [&](const Chunk& chunk, int rows, const Pair& pair, const float* low, int t0, int t1) {
         const int width = low_width(pair);
         const Input& in = prepared(member, pair.b.kind, rows, pair.b.k, [&](int i) { return low + i * width; });
         multiply(member, pair.b, in, rows, t0, t1, [&](int i, int at, const float* values, int n) {

@@ -30,14 +30,10 @@ class Adapting {
     // `wanted`: the rows whose logits are asked for.
     Adapting(Model& model, const Rows& rows, const std::vector<int>& wanted);
 
-    // A x of the first `count` rows, kept for `expand`.
+    // A x of the first `count` rows, kept for `expand`. Nobody waits: it goes beside the product that it is to be added to.
     void shrink(Member& member, size_t layer, Site site, Buffer& x, int count);
-    // y += B (A x).
+    // y += B (A x), after that product.
     void expand(Member& member, size_t layer, Site site, Buffer& y, int count);
-    void add(Member& member, size_t layer, Site site, Buffer& x, Buffer& y, int count) {
-        shrink(member, layer, site, x, count);
-        expand(member, layer, site, y, count);
-    }
 
     // True where every wanted row has a head of its adapter's.
     bool all_heads() const { return all_heads_; }
@@ -53,7 +49,7 @@ class Adapting {
 
     static std::vector<Chunk> chunks(const Rows& rows, const std::vector<int>& of, bool with_head);
     template <class Tiles, class F>
-    void share(Member& member, size_t layer, Site site, int count, const Tiles& tiles, const F& f);
+    void share(Member& member, bool wait, size_t layer, Site site, int count, const Tiles& tiles, const F& f);
     template <class F>
     void multiply(Member& member, const Matrix& w, const Input& in, int rows, int t0, int t1, const F& put);
     // Rows of k columns, ready for a matrix of `kind`: of this thread, until it prepares others.

@@ -128,10 +128,16 @@ class Member {
     // f(begin, end) on pieces of `piece`, whoever is free takes the next.
     template <class F>
     void share(int total, int piece, const F& f) {
-        for (int begin; (begin = pool_.claim(phase_, piece)) < total;) f(begin, std::min(total, begin + piece));
-        if (id == 0) pool_.reset(phase_ + 2);  // nobody is there yet: the barrier below comes first
-        phase_++;
+        share_and_go_on(total, piece, f);
         pool_.barrier();
+    }
+
+    // The same without waiting for the others. Another shared loop must follow, which does.
+    template <class F>
+    void share_and_go_on(int total, int piece, const F& f) {
+        for (int begin; (begin = pool_.claim(phase_, piece)) < total;) f(begin, std::min(total, begin + piece));
+        if (id == 0) pool_.reset(phase_ + 2);  // nobody is there yet: a barrier comes first; and all have left the loop two before this
+        phase_++;
     }
 
     // f() on one thread.

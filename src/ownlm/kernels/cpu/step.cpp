@@ -200,8 +200,9 @@ class Step {
             kernels.prepare(layer.o.kind, m.a.row(r), r, g0, g1, m.inner_in.in);
         }); });
         Buffer& to = after ? m.y : m.x;
+        adapting->shrink(member, index, AT_OUT, m.a, part.rows);
         product(member, layer.o, m.inner_in.in, part.rows, to.row(0), to.stride, !after);
-        adapting->add(member, index, AT_OUT, m.a, to, part.rows);
+        adapting->expand(member, index, AT_OUT, to, part.rows);
     }
 
     static int pieces(int items, int group, int threads) {
@@ -240,8 +241,9 @@ class Step {
 
     // y = (or +=) down(act(gate, up)) of `count` rows that are ready in `in`. `index`: of the layer, whose adapters count; -1: an expert.
     void feed_forward(Member& member, const LayerSpec& spec, FeedForward& ff, Prepared& in, int count, Buffer& y, bool add, int index = -1) {
+        if (index >= 0) adapting->shrink(member, index, AT_UP, m.h, count);
         product(member, ff.up, in.in, count, m.up.row(0), m.up.stride, false);
-        if (index >= 0) adapting->add(member, index, AT_UP, m.h, m.up, count);
+        if (index >= 0) adapting->expand(member, index, AT_UP, m.up, count);
         const Kind kind = ff.down.kind;
         member.once([&] { m.inner_in.shape(kind, count, ff.down.k); });
         const int groups = m.inner_in.in.groups;
@@ -255,8 +257,9 @@ class Step {
             for (int i = g0 * GROUP + columns; i < g1 * GROUP; i++) m.act.row(r)[i] = 0;
             kernels.prepare(kind, m.act.row(r), r, g0, g1, m.inner_in.in);
         }); });
+        if (index >= 0) adapting->shrink(member, index, AT_DOWN, m.act, count);
         product(member, ff.down, m.inner_in.in, count, y.row(0), y.stride, add);
-        if (index >= 0) adapting->add(member, index, AT_DOWN, m.act, y, count);
+        if (index >= 0) adapting->expand(member, index, AT_DOWN, y, count);
     }
 
     // Every row goes through the experts its router likes best (arXiv:2401.04088), which are computed one after the other.
