@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from generate_speed import write
+from generate_speed import random_model
 from ownlm import device
 from ownlm.adapters.lora import Learned, Pair, base_of, matching
-from ownlm.checkpoints.weights import load_model
+from ownlm.checkpoints.weights import save_model
 from ownlm.kernels.adapters import NativeAdapter
 from ownlm.kernels.native import PAGE, Batch, NativeDecoder
 from ownlm.models.decoder import Decoder
@@ -132,8 +132,8 @@ def main() -> None:
     device.threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write("m125", folder, [])
-        model = load_model(folder / "hf")
+        model = random_model("m125")
+        save_model(model, folder / "hf")
         adapters = [learned(model, args.rank, seed) for seed in range(STREAMS)]
         sides: dict[str, Any] = {f"ownlm {kind}": Ours(model, kind, adapters) for kind in args.kinds}
         if args.peft:

@@ -198,8 +198,8 @@ def file_of(kind: str) -> str:
     return f"{kind if kind in MIXTURES else TYPES[kind][0]}.gguf"
 
 
-def write(shape: str, folder: Path, kinds: list[str], python: str) -> None:
-    """Random weights as a Hugging Face folder and as a GGUF file of each type, the head in the same type as all else, or mixture."""
+def random_model(shape: str) -> Decoder:
+    """Random weights in bf16."""
     hf = SHAPES[shape]
     torch.set_default_dtype(torch.bfloat16)
     config, family = from_hf(hf)
@@ -211,6 +211,12 @@ def write(shape: str, folder: Path, kinds: list[str], python: str) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def write(shape: str, folder: Path, kinds: list[str], python: str) -> None:
+    """Random weights as a Hugging Face folder and as a GGUF file of each type, the head in the same type as all else, or mixture."""
+    model = random_model(shape)
     save_model(model, folder / "hf")
     mixtures = [kind for kind in kinds if kind in MIXTURES]
     for kind in dict.fromkeys([kind for kind in kinds if kind in TYPES] + ["bf16"] * bool(mixtures)):
