@@ -27,6 +27,7 @@ from ownlm.quantization.codes import linears
 from ownlm.tokens.codec import Tokenizer
 
 STEPS, SECONDS = 16, 4.0  # of streams: so many steps, or fewer that take so long
+MOST_TOGETHER = 2048  # tokens of texts that are read in one step before streams are timed
 BYTES: dict[Kind, float] = {
     "f32": 4,
     "bf16": 2,
@@ -129,8 +130,12 @@ class Whole:
         self.random = np.random.default_rng(1)
 
     def engine(self, slots: int) -> Engine:
-        # Drafts are off: what random tokens repeat says nothing of texts.
-        return Engine(self.model, self.tokenizer, slots=slots, runner=self.runner, speculate=False)
+        # All texts are read in one step as long as that is no burden: those read first would be longer when the last begins. Drafts are
+        # off: what random tokens repeat says nothing of texts.
+        together = max(self.runner.prefill_tokens, min(slots * self.context, MOST_TOGETHER))
+        return Engine(
+            self.model, self.tokenizer, slots=slots, runner=self.runner, prefill_tokens=together, speculate=False
+        )
 
     def ask(self, engine: Engine, length: int, tokens: int) -> None:
         prompt = self.random.integers(self.model.config.vocab_size, size=length).tolist()

@@ -23,16 +23,16 @@ def choose(
     uniform in [0, 1)."""
     found = lib.library()
     assert found is not None, "ask `able` first"
-    rows = len(places)
+    rows, (height, vocab_size) = len(places), logits_BV.shape
     assert len(temperatures) == len(uniform) == rows, f"{rows} places"
-    assert all(0 <= place < len(logits_BV) for place in places), places
+    assert all(0 <= place < height for place in places), places
     integers, floats = ctypes.c_int32 * rows, ctypes.c_float * rows
     ids, logprobs = integers(), floats()
     found.ownlm_choose(
         lib.instruction_set().encode(),
         torch.get_num_threads(),
         rows,
-        logits_BV.shape[1],
+        vocab_size,
         logits_BV.stride(0),
         logits_BV.data_ptr(),
         integers(*places),

@@ -111,13 +111,14 @@ struct Prepared {
     void shape(Kind kind, int rows, int k);
 };
 
-// The keys and values of `pages` pages; strides in elements. Memory that was never written takes none.
+// The keys and values of `pages` pages; strides in elements. Memory that was never written takes none: all layers of a page lie together,
+// so that a short text touches few huge pages.
 struct Cache {
     Cache(const ModelSpec& spec, Kind kind, int pages);
     Pages layer(size_t index) const;
     void copy(size_t page, size_t onto);
     const Kind kind;
-    const size_t head_stride, page_stride, layer_stride;
+    const size_t head_stride, layer_stride, page_stride;
     Memory keys, values;
     Buffer held;  // the states of partial rows between two steps
 };

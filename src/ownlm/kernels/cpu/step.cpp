@@ -348,8 +348,8 @@ class Step {
 }  // namespace
 
 Cache::Cache(const ModelSpec& spec, Kind kind, int pages)
-    : kind(kind), head_stride(head_elements(kind, spec.heads_d)), page_stride(head_stride * spec.kv_heads),
-      layer_stride(page_stride * pages), keys(layer_stride * spec.layers * element_bytes(kind)), values(keys.bytes()) {}
+    : kind(kind), head_stride(head_elements(kind, spec.heads_d)), layer_stride(head_stride * spec.kv_heads),
+      page_stride(layer_stride * spec.layers), keys(page_stride * pages * element_bytes(kind)), values(keys.bytes()) {}
 
 Pages Cache::layer(size_t index) const {
     const size_t base = index * layer_stride * element_bytes(kind);
@@ -358,11 +358,8 @@ Pages Cache::layer(size_t index) const {
 
 // All layers' keys and values of a page.
 void Cache::copy(size_t page, size_t onto) {
-    const size_t element = element_bytes(kind);
-    for (Memory* memory : {&keys, &values})
-        for (size_t base = 0; base < memory->bytes(); base += layer_stride * element)
-            std::memcpy(memory->data() + base + onto * page_stride * element, memory->data() + base + page * page_stride * element,
-                        page_stride * element);
+    const size_t bytes = page_stride * element_bytes(kind);
+    for (Memory* memory : {&keys, &values}) std::memcpy(memory->data() + onto * bytes, memory->data() + page * bytes, bytes);
 }
 
 void Model::step(Cache& cache, const Rows& rows) {
