@@ -35,7 +35,7 @@ from ownlm.models.families import from_hf
 from ownlm.models.specs import FeedForward
 from ownlm.quantization.calibrate import quantize_decoder
 from ownlm.quantization.codes import QuantizedLinear, quantize_linears
-from ownlm.quantization.recode import scheme_of
+from ownlm.quantization.recode import scheme_of, widened
 
 SHAPES = ("llama", "gpt2", "gemma3", "mixtral", "gpt-oss")
 
@@ -81,6 +81,13 @@ def integers(model: Decoder, instruction_set: str) -> Iterator[NativeDecoder]:
                 weight = module.dequantized(torch.float32)
                 module.blocks = Blocks(type, torch.cat(list(quantize(type, weight))).flatten(), tuple(weight.shape))
         yield NativeDecoder(coded, instruction_set=instruction_set)
+    coded = copy.deepcopy(model)
+    quantize_decoder(coded, "uint4")
+    for name, module in list(coded.named_modules()):
+        if name.endswith("v_proj"):  # a matrix by itself then
+            assert isinstance(module, QuantizedLinear)
+            coded.set_submodule(name, QuantizedLinear(widened(module.kept), module.bias))
+    yield NativeDecoder(coded, instruction_set=instruction_set)
 
 
 def main(instruction_set: str, overrun: bool) -> None:
