@@ -1,7 +1,7 @@
 """Directories that `ownlm quantize` writes: a model's matrices as codes and scales, under the names of our modules.
 
     config.json         that of the model, and quantization_config = {"quant_method": "ownlm", …}
-    model.safetensors   NAME.codes and NAME.scales (quantize.py) for each matrix, everything else as it was
+    model.safetensors   NAME.codes and NAME.scales (quantization/codes.py) for each matrix, everything else as it was
 
 The file is the quantised model's own state: opening it is mapping it.
 """

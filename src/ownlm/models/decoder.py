@@ -116,7 +116,7 @@ class Decoder(Skeleton):
         elif config.head_bias:
             self.lm_head_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.rotations = Rotations(config.layers)
-        # Of a decoder that is one of several shards: called with hidden states and `_logits` (shards.py).
+        # Of a decoder that is one of several shards: called with hidden states and `_logits` (checkpoints/shards.py).
         self.around_logits: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         self.windows = {layer.attention.window for layer in config.layers}
 
