@@ -245,7 +245,7 @@ def compare(shape: str, args: argparse.Namespace, python: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write(shape, folder, args.kinds, python)
-        own = [sys.executable, __file__, "--serve", str(folder / "hf"), "--threads", str(args.threads), "--kinds"]
+        own = [sys.executable, __file__, "--threads", str(args.threads), "--serve", str(folder / "hf")]
         theirs = [python, str(Path(__file__).with_name("llama_cpp_speed.py"))]
         children: dict[str, Child] = {}
         try:
@@ -328,10 +328,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ctranslate2", metavar="PYTHON", help="one that has ctranslate2, transformers and torch")
     parser.add_argument("--without-transformers", action="store_true")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.kinds[0], args.threads)
+        folder, kind = args.serve
+        serve(Path(folder), kind, args.threads)
         return
     python = args.python or environment(args.environment)
     device.threads(args.threads)
