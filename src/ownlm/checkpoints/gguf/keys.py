@@ -39,6 +39,14 @@ def write(config: Config, architecture: str) -> dict[str, gguf.Value]:
             told = _encoder_decoder(config)
         case _:
             told = _decoder(config, architecture)
+    layer = config.layers[0]
+    told |= {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_tokens,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": layer.mlp.size,
+        "attention.head_count": layer.attention.num_heads,
+    }
     return {f"{architecture}.{key}": _typed(value) for key, value in told.items() if value is not None}
 
 
@@ -50,14 +58,8 @@ def encoder_keys(config: EncoderConfig, pooling: Pooling | None) -> dict[str, gg
 
 
 def _encoder(config: EncoderConfig) -> dict[str, Any]:
-    layer = config.layers[0]
     return {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_tokens,
-        "embedding_length": config.hidden_size,
         "block_count": config.num_layers,
-        "feed_forward_length": layer.mlp.size,
-        "attention.head_count": layer.attention.num_heads,
         "attention.layer_norm_epsilon": config.norm.eps,
         "attention.causal": False,
     }
@@ -66,13 +68,8 @@ def _encoder(config: EncoderConfig) -> dict[str, Any]:
 def _encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
     layer = config.layers[0]
     return {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_tokens,
-        "embedding_length": config.hidden_size,
         "block_count": len(config.encoder),
         "decoder_block_count": config.num_layers,
-        "feed_forward_length": layer.mlp.size,
-        "attention.head_count": layer.attention.num_heads,
         "attention.key_length": layer.attention.head_dim,
         "attention.value_length": layer.attention.head_dim,
         "attention.layer_norm_epsilon": config.norm.eps,  # llama.cpp's own files have both
@@ -88,12 +85,7 @@ def _decoder(config: DecoderConfig, architecture: str) -> dict[str, Any]:
     local = next((layer.rotary for layer in config.layers if layer.attention.window), layer.rotary)
     rotary = next((layer.rotary for layer in config.layers if not layer.attention.window), layer.rotary)
     told: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_tokens,
-        "embedding_length": config.hidden_size,
         "block_count": config.num_layers,
-        "feed_forward_length": mlp.size,
-        "attention.head_count": a.num_heads,
         "attention.head_count_kv": a.num_kv_heads,
         "attention.key_length": a.head_dim,
         "attention.value_length": a.head_dim,
